@@ -50,11 +50,11 @@ def main()->None:
     name,words = parse_stage([w for w in sys.argv[1:] if w!='--'])
     config,make = STAGES[name]
     cfg = cli_config(config, words, f'densirl {name}')
-    try: out = make(cfg)
+    try: make(cfg)
     except Exception as error:
         if not is_ours(error) or os.environ.get('DENSIRL_TRACEBACK'): raise
         sys.exit(f'densirl {name}: {error}')
     finally: leave_ranks()
-    if int(os.environ.get('RANK', 0))==0: print(f'{name}: {out}')
+    if int(os.environ.get('RANK', 0))==0: print(f'{name}: {cfg.outputs()[0]}')
 
 if __name__=='__main__': main()

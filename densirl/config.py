@@ -148,7 +148,7 @@ def cli_config(
     "Build a config from flags; a wrong one ends the process with code 2 and names the nearest right one"
     args = [a for a in args if a!='--']
     chosen = [a.split('=', 1)[1] if '=' in a else b for a,b in zip(args, args[1:]+['']) if a.split('=')[0]=='--profile']
-    profile = chosen[-1] if chosen and chosen[-1] in ('full','demo','test') else 'full'
+    profile = chosen[-1] if chosen and chosen[-1] in ('full','demo','test') else cls.profile
     return enter(tyro_cli(cls, args=args, default=make_config(cls, profile), prog=prog, use_underscores=True))
 
 # %% ../nbs/core/02_config.ipynb #cell-29

@@ -149,6 +149,7 @@ def finish_pair(
     extra = {k:pair[k] for k in ('messages','meta') if pair.get(k)}
     return dict(id=pair_id(*texts), prompt=texts[0], chosen=texts[1], rejected=texts[2], src=pair.get('src', src), **extra)
 
+# %% ../nbs/00_data.ipynb #cell-26
 def read_pairs(
     rows, # Rows of one source
     reader, # Turns a row into a pair or a reason
@@ -162,7 +163,8 @@ def read_pairs(
         if len(seen)>=limit: return
         try: pair = reader(row)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f'Row {number} of {src} has not the published shape: {type(error).__name__} {error}; its fields are {sorted(row)}.') from error
+            what = f'{type(error).__name__} {error}; its fields are {sorted(row)}'
+            raise ValueError(f'Row {number} of {src} has not the published shape: {what}.') from error
         if isinstance(pair, dict): pair = finish_pair(pair, src)
         if isinstance(pair, str) or pair['id'] in seen:
             dropped[f'{src}: {pair if isinstance(pair, str) else "same pair again"}'] += 1
@@ -170,7 +172,7 @@ def read_pairs(
         seen.add(pair['id'])
         yield pair
 
-# %% ../nbs/00_data.ipynb #cell-27
+# %% ../nbs/00_data.ipynb #cell-29
 def all_pairs(
     cfg:DataConfig, # Settings
     dropped:Counter, # Counts of reasons, added to
@@ -196,7 +198,7 @@ def make_data(
         run.facts.update(pairs=count, dropped=dict(dropped), sources=list(cfg.paths()))
     return out
 
-# %% ../nbs/00_data.ipynb #cell-33
+# %% ../nbs/00_data.ipynb #cell-35
 @dataclass(frozen=True)
 class PromptsConfig(StageConfig):
     "Collect the distinct prompts of the pairs"
@@ -210,7 +212,7 @@ class PromptsConfig(StageConfig):
         folder = Path(self.prompts_path).parent
         return [self.prompts_path, *(str(folder/n) for n in ('prompt_id_map.tsv','stats.txt','stats.json'))]
 
-# %% ../nbs/00_data.ipynb #cell-34
+# %% ../nbs/00_data.ipynb #cell-36
 def distinct_prompts(
     pairs, # Records of `pairs_all.jsonl`
 )->list: # Records {"id","prompt","count","fold"} in order of first appearance
@@ -234,7 +236,7 @@ def prompt_stats(
     return dict(pairs=sum(p['count'] for p in prompts), unique_prompts=len(prompts),
         pairs_per_source=dict(sources), prompts_per_fold={f:folds[f] for f in FOLDS})
 
-# %% ../nbs/00_data.ipynb #cell-36
+# %% ../nbs/00_data.ipynb #cell-38
 def make_prompts(
     cfg:PromptsConfig, # Settings
 )->Path: # The file of prompts
@@ -256,7 +258,7 @@ def make_prompts(
         run.facts.update(stats)
     return out
 
-# %% ../nbs/00_data.ipynb #cell-41
+# %% ../nbs/00_data.ipynb #cell-43
 def select_pairs(
     pairs:list, # Records of `pairs_all.jsonl`
     fold:str, # Keep pairs whose prompt is in this fold

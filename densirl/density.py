@@ -74,9 +74,10 @@ class DensityConfig(StageConfig):
     neighbours:int = 64 # Nearest other prompts to store for each prompt
     prompts_path:str = where('.cache/data/prompts_all.jsonl') # Prompts to read
     density_path:str = where('.cache/data/density.parquet') # Where distances and indices go
+    embeddings_path:str = where('.cache/data/embeddings.npy') # Where the vectors of the prompts go
 
     def inputs(self): return dict(prompts=self.prompts_path)
-    def outputs(self): return [self.density_path]
+    def outputs(self): return [self.density_path, self.embeddings_path]
 
 # %% ../nbs/01_prompts_density.ipynb #cell-22
 def make_density(
@@ -89,10 +90,12 @@ def make_density(
     with open_run(cfg) as run:
         prompts = list(read_jsonl(cfg.path(cfg.prompts_path)))
         print(f'embedding {len(prompts):,} prompts', flush=True)
-        distances,indices = nearest_neighbours(embed_texts([p['prompt'] for p in prompts]), cfg.neighbours)
+        vectors = embed_texts([p['prompt'] for p in prompts])
+        distances,indices = nearest_neighbours(vectors, cfg.neighbours)
         table = arrow.table(dict(id=[p['id'] for p in prompts], count=[p['count'] for p in prompts],
             distances=list(distances), indices=list(indices)))
         with atomic(out, 'wb') as file: parquet.write_table(table, file)
+        with atomic(cfg.path(cfg.embeddings_path), 'wb') as file: np.save(file, vectors)
         run.facts.update(embedder=embedder_facts(), prompts=len(prompts), dimension=round(intrinsic_dimension(distances), 2))
     return out
 

@@ -53,6 +53,7 @@ def average_(
         torch_dist.all_reduce(flat)
         for t,new in zip(part, flat.split([t.numel() for t in part])): t.copy_(new.view_as(t))
 
+# %% ../nbs/core/23_dist.ipynb #cell-8
 def mean_of(
     value:float, # A number of this rank
     ranks:Ranks, # Who we are

@@ -34,8 +34,8 @@ class GrpoConfig(StageConfig):
     stage:ClassVar[str] = 'grpo'
     module:ClassVar[str] = 'grpo'
     profiles:ClassVar[dict] = dict(
-        demo=dict(max_steps=30, prompts_per_step=4, learning_rate=5e-5, beta=.02, effective=.5, max_prompt_tokens=96,
-            max_new_tokens=20, eval_every=10, eval_prompts=24, device_batch_size=32),
+        demo=dict(max_steps=30, prompts_per_step=4, learning_rate=5e-5, beta=.02, effective=.5, max_prompt_tokens=64,
+            max_new_tokens=12, eval_every=10, eval_prompts=18, device_batch_size=32),
         test=dict(max_steps=2, prompts_per_step=2, group_size=4, learning_rate=1e-3, effective=.5, max_prompt_tokens=48,
             max_new_tokens=6, eval_every=1, eval_prompts=6, eval_samples=2, device_batch_size=8))
     density_aware:Switch = True # Draw prompts by inverse density; False draws unique prompts evenly
@@ -103,6 +103,7 @@ class Models:
     ref:torch.nn.Module # Frozen at the start
     judge:torch.nn.Module # The reward model
     tokenizer:object # One vocabulary for all four
+    folder:str # Where policy and reference came from
     dtype:torch.dtype # Precision of products
     device:str # Where they are
     rows:int # Groups a forward pass
@@ -117,7 +118,8 @@ def load_models(
     tokenizer,policy = load_tokenizer(folder),load_policy(folder, device=device)
     ref = load_policy(folder, dtype, device).requires_grad_(False)
     rows = max(1, cfg.device_batch_size//cfg.group_size)
-    return Models(policy, sampling_copy(policy, dtype), ref, load_judge(judge_folder, tokenizer, dtype, device), tokenizer, dtype, device, rows)
+    judge = load_judge(judge_folder, tokenizer, dtype, device)
+    return Models(policy, sampling_copy(policy, dtype), ref, judge, tokenizer, folder, dtype, device, rows)
 
 # %% ../nbs/03_grpo.ipynb #cell-18
 @dataclass(frozen=True)
@@ -188,6 +190,7 @@ def answer_held_out(
             for g,(_,p) in enumerate(part) for s in range(cfg.eval_samples)]
     return [record for part in gather(found, ranks) for record in part]
 
+# %% ../nbs/03_grpo.ipynb #cell-23
 def show_samples(
     records:list, # From `answer_held_out`
     prompts:list, # The same held-out prompts
@@ -198,7 +201,7 @@ def show_samples(
     known = {p['id']:p['prompt'] for p in prompts}
     for r in firsts: print(f"  {known[r['prompt_id']][-60:]!r} → {r['completion'][:80]!r} ({r['reward']:+.2f})", flush=True)
 
-# %% ../nbs/03_grpo.ipynb #cell-24
+# %% ../nbs/03_grpo.ipynb #cell-25
 def grpo_steps(
     cfg:GrpoConfig, # Settings
     models:Models, # The models of this rank
@@ -222,7 +225,7 @@ def grpo_steps(
             ended=rollout.ended.mean().item(), opener=habit_rate(sum(rollout.texts, []), 'opener'))
         yield step+1,{k:mean_of(v, ranks) for k,v in metrics.items()}|dict(grad_norm=grad_norm),[prompts[i]['id'] for i in drawn]
 
-# %% ../nbs/03_grpo.ipynb #cell-25
+# %% ../nbs/03_grpo.ipynb #cell-26
 def train_grpo(
     cfg:GrpoConfig, # Settings
 )->Path: # The run folder
@@ -235,8 +238,8 @@ def train_grpo(
         densities = read_density(cfg.path(cfg.density_path), cfg.density_k) if cfg.density_aware else {}
         weights,alpha = prompt_weights(prompts, densities, *(cfg.alpha, cfg.effective) if cfg.density_aware else (0., 0.))
         models = load_models(cfg, ranks.device)
-        facts = dict(model=model_name(str(cfg.path(cfg.sft_ckpt_path))), reward_model=model_name(str(cfg.path(cfg.rm_ckpt_path))),
-            dtype=str(models.dtype), alpha=alpha, effective_share=effective_share(weights), weight_variance=float((weights*len(weights)).var()), prompts=len(prompts))
+        facts = dict(model=model_name(models.folder), reward_model=model_name(str(cfg.path(cfg.rm_ckpt_path))), dtype=str(models.dtype),
+            alpha=alpha, effective_share=effective_share(weights), weight_variance=float((weights*len(weights)).var()), prompts=len(prompts))
         def evaluate(step):
             records = answer_held_out(cfg, models, held_out, ranks, step)
             for record in records: run.log('samples', **record)

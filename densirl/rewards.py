@@ -21,7 +21,8 @@ def load_judge(
     "Load a reward model that reads the policy's tokens"
     theirs = load_tokenizer(folder).get_vocab()
     if theirs!=tokenizer.get_vocab():
-        raise ValueError(f'The reward model at {folder} has a vocabulary of {len(theirs)} tokens that is not the policy\'s ({len(tokenizer)}); train one from the same SFT checkpoint.')
+        raise ValueError(f'The reward model at {folder} knows {len(theirs)} tokens that are not the policy\'s {len(tokenizer)}; '
+            'train one from the same SFT checkpoint.')
     return load_reward_model(folder, dtype, device).requires_grad_(False)
 
 @torch.no_grad()
@@ -36,5 +37,6 @@ def score_groups(
     for i in range(0, len(packed.ids), rows):
         with compute_context(dtype, packed.ids.device.type): parts.append(completion_rewards(judge, packed.rows(i, i+rows)))
     rewards = torch.cat(parts)
-    if not rewards.isfinite().all(): raise FloatingPointError('The reward model gave a reward that is not a number; train it again with a lower --learning_rate.')
+    if not rewards.isfinite().all():
+        raise FloatingPointError('The reward model gave a reward that is not a number; train it again with a lower --learning_rate.')
     return rewards

@@ -45,9 +45,9 @@ def manifest_path(
 def output_files(
     outputs:list, # Files and folders a stage wrote
 )->list: # Paths of all files whose content counts
-    "The files of a run without its logs, which differ in time stamps"
+    "The files of a run without what holds the time of day: its manifest, `metrics.jsonl` and the boards of TensorBoard"
     listed = [f for p in map(Path, outputs) for f in (sorted(p.rglob('*')) if p.is_dir() else [p])]
-    return [f for f in listed if f.is_file() and f.name not in ('manifest.json','config.json.lock') and 'tb' not in f.parts]
+    return [f for f in listed if f.is_file() and f.name not in ('manifest.json','metrics.jsonl') and 'tb' not in f.parts]
 
 # %% ../nbs/core/10_runs.ipynb #cell-11
 def read_manifest(

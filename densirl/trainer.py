@@ -46,6 +46,7 @@ def duration(
     "A span of time for the eye"
     return f'{int(seconds)//60}:{int(seconds)%60:02d}'
 
+# %% ../nbs/core/40_trainer.ipynb #cell-14
 class Progress:
     "Shows and logs the steps of a run"
     def __init__(self,

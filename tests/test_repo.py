@@ -263,3 +263,8 @@ def test_no_python_is_said_in_one_sentence(tmp_path):
     res = run_all(tmp_path, PYTHON=str(old))
     assert res.returncode == 1 and res.stderr.strip() == f'PYTHON={old} is not a Python 3.11 or newer.'
     assert not (tmp_path/'.venv').exists()
+
+
+def test_readme_is_the_index_page():
+    from readme import readme_text
+    assert (ROOT/'README.md').read_text() == readme_text(), 'run `python tests/readme.py`'

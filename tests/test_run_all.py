@@ -1,0 +1,37 @@
+"""One command does everything, and the second call does nothing."""
+import json, os, subprocess, sys
+
+import nbformat
+
+from conftest import ROOT
+from densirl.files import read_json
+from densirl.report import render
+
+def run_all(*words):
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | {'DENSIRL_ROOT': str(ROOT)}
+    done = subprocess.run([sys.executable, '-m', 'densirl.pipeline', *map(str, words)], cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+def test_all_of_it_twice(tmp_path):
+    words = ('--profile', 'test', '--root', tmp_path)
+    plan = run_all(*words, '--dry_run')
+    assert '03_grpo.density_aware=False' in plan and not (tmp_path/'outs/grpo').exists()
+    assert 'skipped' not in run_all(*words)
+    summary = json.loads((tmp_path/'outs/report/summary.json').read_text())
+    assert summary['kind'] == 'illustration' and summary['used']['embedder'] == 'all-MiniLM-L6-v2'
+    assert summary['factor'] == {'density_aware': [True, False]}
+    page = (tmp_path/'outs/report/report.html').read_text()
+    assert 'not a verdict' in page and 'http' not in page.replace('http-equiv', '')
+    for name in ('00_data', '03_grpo.density_aware=True', '03_grpo.density_aware=False', '04_eval_mode_collapse'):
+        nb = nbformat.read(tmp_path/f'outs/notebooks/{name}.ipynb', 4)
+        assert not any(o.output_type == 'error' for c in nb.cells for o in c.get('outputs', []))
+    again = run_all(*words)
+    assert again.count('up to date, skipped') == 7 and 'running' not in again
+
+def test_report_escapes_model_output(tiny_run):
+    bad = '<script>alert(1)</script>'
+    summary = read_json(tiny_run/'outs/report/summary.json')
+    page = render(summary=summary, figures={}, rows=[dict(prompt=bad, sft=bad, uniform=bad, density=bad)])
+    assert bad not in page and page.count('&lt;script&gt;') == 4
