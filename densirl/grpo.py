@@ -34,8 +34,8 @@ class GrpoConfig(StageConfig):
     stage:ClassVar[str] = 'grpo'
     module:ClassVar[str] = 'grpo'
     profiles:ClassVar[dict] = dict(
-        demo=dict(max_steps=30, prompts_per_step=4, learning_rate=5e-5, beta=.02, effective=.5, max_prompt_tokens=64,
-            max_new_tokens=12, eval_every=10, eval_prompts=18, device_batch_size=32),
+        demo=dict(max_steps=30, prompts_per_step=4, learning_rate=5e-5, beta=.02, effective=.5, max_prompt_tokens=48,
+            max_new_tokens=10, eval_every=10, eval_prompts=15, device_batch_size=32),
         test=dict(max_steps=2, prompts_per_step=2, group_size=4, learning_rate=1e-3, effective=.5, max_prompt_tokens=48,
             max_new_tokens=6, eval_every=1, eval_prompts=6, eval_samples=2, device_batch_size=8))
     density_aware:Switch = True # Draw prompts by inverse density; False draws unique prompts evenly
@@ -159,7 +159,7 @@ def update_policy(
     for i in range(0, groups, models.rows):
         part = slice(i, i+models.rows)
         packed,ref_logps = rollout.packed.rows(i, i+models.rows),rollout.ref_logps[part]
-        with compute_context(models.dtype, models.device): logps,entropies = completion_logps(models.policy, packed)
+        with compute_context(models.dtype, models.device): logps,entropies = completion_logps(models.policy, packed, entropy=True)
         loss = grpo_loss(logps, logps.detach(), ref_logps, advantages[part], packed.mask, cfg.beta, cfg.clip_low, cfg.clip_high)
         (loss*len(logps)/groups).backward()
         tokens = packed.mask.sum(-1)

@@ -85,9 +85,10 @@ def group_hidden(
 def completion_logps(
     model, # A causal language model of the transformers library
     packed:Packed, # On the model's device
+    entropy:bool=False, # Also compute entropies
     chunk:int=256, # Tokens that go through the vocabulary head at once
-)->tuple: # Log-probabilities and entropies, both (groups, G, C) in fp32, 0 where the mask is 0
-    "Log-probability of each completion token, and entropy in nats of the distribution it was drawn from"
+)->tuple: # Log-probabilities, and entropies in nats or zeros; both (groups, G, C) in fp32, 0 where the mask is 0
+    "Log-probability of each completion token, and on demand the entropy of the distribution it was drawn from"
     hidden = group_hidden(model, packed)
     counts = packed.mask.bool()
     rows = torch.arange(len(hidden), device=hidden.device)[:,None,None].expand_as(packed.source)
@@ -97,7 +98,7 @@ def completion_logps(
         logits = model.lm_head(state).float()
         norm = logits.logsumexp(-1)
         logps.append(logits.gather(-1, token[:,None]).squeeze(-1)-norm)
-        with torch.no_grad(): entropies.append(norm-(logits.softmax(-1)*logits).sum(-1))
+        with torch.no_grad(): entropies.append(norm-(logits.softmax(-1)*logits).sum(-1) if entropy else torch.zeros_like(norm))
     empty = torch.zeros(packed.mask.shape, device=hidden.device)
     return empty.masked_scatter(counts, torch.cat(logps)),empty.masked_scatter(counts, torch.cat(entropies))
 

@@ -30,15 +30,18 @@ def plot_regions(
     "Draw metrics of both arms in crowded and rare regions"
     import matplotlib.pyplot as plt
     fig,axes = plt.subplots(len(metrics), 2, figsize=(8,2.3*len(metrics)+.3), dpi=90, layout='constrained', sharex=True, squeeze=False, sharey='row')
-    for row,metric in zip(axes, metrics):
-        for ax,region in zip(row, ('crowded','rare')):
+    for metric,row in zip(metrics, axes):
+        for region,ax in zip(('crowded','rare'), row):
             for arm,colour in COLOURS.items():
                 points = [c for c in curves if c['arm']==arm and c['region']==region]
                 x = [c['step'] if over=='step' else c[over]['mean'] for c in points]
                 y,low,high = (np.array([c[metric][k] for c in points]) for k in ('mean','low','high'))
                 ax.errorbar(x, y, yerr=[y-low, high-y], color=colour, marker='o', ms=4, lw=1.5, capsize=2, label=NAMES[arm])
-            ax.set(title=region, ylabel=LABELS[metric] if ax is row[0] else '', xlabel=LABELS[over] if row is axes[-1] else '')
             ax.spines[['top','right']].set_visible(False)
+        row[0].set(ylabel=LABELS[metric])
+    for column,region in enumerate(('crowded','rare')):
+        axes[0,column].set(title=region)
+        axes[-1,column].set(xlabel=LABELS[over])
     axes[0,0].legend(frameon=False)
     return fig
 
@@ -52,9 +55,10 @@ def plot_training(
     fig,axes = plt.subplots(2, -(-len(metrics)//2), figsize=(9,4.2), dpi=90, layout='constrained', sharex=True)
     for ax,metric in zip(axes.flat, metrics):
         for arm,log in logs.items(): ax.plot([r['step'] for r in log], [r[metric] for r in log], color=COLOURS[arm], label=NAMES[arm])
-        ax.set(title=LABELS[metric], xlabel='step' if ax in axes[-1] else '')
+        ax.set(title=LABELS[metric])
         ax.title.set_fontsize(9)
         ax.spines[['top','right']].set_visible(False)
+    for ax in axes[-1]: ax.set(xlabel='step')
     axes.flat[0].legend(frameon=False, fontsize=8)
     return fig
 

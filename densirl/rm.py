@@ -33,7 +33,7 @@ class RmConfig(StageConfig):
     stage:ClassVar[str] = 'rm'
     module:ClassVar[str] = 'rm'
     profiles:ClassVar[dict] = dict(
-        demo=dict(max_steps=22, batch_size=8, learning_rate=5e-5, max_prompt_tokens=64, max_completion_tokens=16, held_out=48),
+        demo=dict(max_steps=20, batch_size=8, learning_rate=5e-5, max_prompt_tokens=48, max_completion_tokens=16, held_out=48),
         test=dict(max_steps=4, batch_size=4, learning_rate=1e-3, max_prompt_tokens=48, max_completion_tokens=8, held_out=8))
     max_steps:int = 1000 # Optimiser steps
     batch_size:int = 32 # Pairs a step, over all ranks

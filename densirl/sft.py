@@ -28,7 +28,7 @@ class SftConfig(StageConfig):
     stage:ClassVar[str] = 'sft'
     module:ClassVar[str] = 'sft'
     profiles:ClassVar[dict] = dict(
-        demo=dict(max_steps=28, batch_size=8, learning_rate=1e-4, max_prompt_tokens=64, max_completion_tokens=12),
+        demo=dict(max_steps=24, batch_size=8, learning_rate=1e-4, max_prompt_tokens=48, max_completion_tokens=12),
         test=dict(model='tiny', max_steps=4, batch_size=4, learning_rate=1e-3, max_prompt_tokens=48, max_completion_tokens=8))
     model:str = 'smollm2' # Start from smollm2 (built in), a Hugging Face folder, or a hub name
     max_steps:int = 1000 # Optimiser steps
