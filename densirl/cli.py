@@ -43,7 +43,7 @@ def is_ours(
 )->bool: # Whether a module of this package raised it on purpose
     "Was the error raised by this package itself?"
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(frame.filename).parent==Path(__file__).parent and (frame.line or '').lstrip().startswith(('raise','if'))
+    return Path(frame.filename).parent==Path(__file__).parent and 'raise ' in (frame.line or '')
 
 def main()->None:
     "Run one stage"

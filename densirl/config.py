@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Switch', 'where', 'StageConfig', 'science', 'digest', 'config_diff', 'coerce', 'field_types', 'make_config',
-           'hub_off', 'enter', 'plain_values', 'notebook_config', 'cli_config', 'config_flags', 'describe']
+           'hub_off', 'enter', 'plain_values', 'in_test', 'notebook_config', 'cli_config', 'config_flags', 'describe']
 
 # %% ../nbs/core/02_config.ipynb #cell-2
 import difflib, hashlib, json, os, sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 from fastcore.docments import docments
@@ -37,7 +37,7 @@ class StageConfig:
     root:str = where('') # Folder that relative paths start from; empty is the repository
     force:bool = where(False) # Run again even if nothing has changed
 
-    def inputs(self)->dict: return {} # Kind, or kind_detail → path of what the stage reads
+    def inputs(self)->dict: return {} # Kind, or kind_detail → path of what the stage reads; `hub_…` → a name on the hub
     def outputs(self)->list: return [] # Paths of what it writes, the run folder or the first file first
 
     def path(self, path:str)->Path:
@@ -75,6 +75,7 @@ def coerce(
 ): # The value in that type
     "Read `value` as a `kind`, or say what would be accepted"
     truth = dict(true=True, false=False, yes=True, no=False, on=True, off=False)
+    if value is None: raise ValueError(f'{name} is None; give a value or leave it out.')
     if get_origin(kind) is Literal:
         if value in get_args(kind): return value
         raise ValueError(f'{name} is {value!r}; give one of {", ".join(map(repr, get_args(kind)))}.')
@@ -124,18 +125,23 @@ def enter(
 # %% ../nbs/core/02_config.ipynb #cell-23
 def plain_values(
     namespace:dict, # `globals()` just after the parameters cell
+    before:dict={}, # What an earlier pass over the same page found: then no other name is a setting
 )->dict: # Name → value
     "The settings that stand in a notebook: texts, numbers and truth values, not modules or functions"
     hidden = {'In','Out','get_ipython','exit','quit','open'}
     return {k:v for k,v in namespace.items() if not k.startswith('_') and k not in hidden
-            and (v is None or type(v) in (bool,int,float,str))}
+            and (v is None or type(v) in (bool,int,float,str)) and (not before or k in before)}
+
+def in_test()->bool: # Whether `nbdev_test` runs this page
+    "Is the page being tested?"
+    return bool(os.environ.get('IN_TEST'))
 
 def notebook_config(
     cls, # Config class of this notebook's stage
     given:dict, # What the parameters cell and papermill said, from `plain_values`
 ): # An instance of `cls`
     "Build a config from the settings of a notebook"
-    if os.environ.get('IN_TEST'):
+    if in_test():
         given = given | dict(profile='test', root=str(repo_root()/'.cache/test'/cls.stage))
     return enter(make_config(cls, **given))
 

@@ -8,7 +8,7 @@ __all__ = ['HUB', 'READERS', 'DataConfig', 'read_transcript', 'readable', 'pair_
            'distinct_prompts', 'prompt_stats', 'make_prompts', 'select_pairs']
 
 # %% ../nbs/00_data.ipynb #cell-5
-import difflib, json, re
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +48,9 @@ class DataConfig(StageConfig):
         "Name of each source that is read → its local path, or nothing"
         if self.jsonl_path: return dict(jsonl=self.jsonl_path)
         if self.only: return {self.only:getattr(self, f'{self.only}_path')}
-        if self.source=='demo': return dict(demo='')
-        return {k:getattr(self, f'{k}_path') for k in ('hh','uf','se') if getattr(self, k)}
+        sets = {k:getattr(self, f'{k}_path') for k in ('hh','uf','se') if getattr(self, k)}
+        if self.source=='demo': return {k:p for k,p in sets.items() if p} or dict(demo='')
+        return sets
 
 # %% ../nbs/00_data.ipynb #cell-12
 def read_transcript(
@@ -115,9 +116,11 @@ READERS = dict(hh=from_hh, uf=from_uf, se=from_se, jsonl=from_plain)
 
 def local_rows(
     path:Path, # A .jsonl, .jsonl.gz or .parquet file, or a folder of them
+    split:str='', # In a folder, read only the files whose names begin so, if there are any
 ): # Generator of dicts
     "Rows of local files in the published format"
     files = sorted(f for f in path.rglob('*') if re.search(r'\.(jsonl(\.gz)?|parquet)$', f.name)) if path.is_dir() else [path]
+    files = [f for f in files if f.name.startswith(split)] or files
     if not files: raise FileNotFoundError(f'No .jsonl, .jsonl.gz or .parquet file in {path}; give the folder that holds the data.')
     for file in files:
         if file.suffix=='.parquet':
@@ -161,11 +164,12 @@ def read_pairs(
     seen = set()
     for number,row in enumerate(rows, 1):
         if len(seen)>=limit: return
-        try: pair = reader(row)
+        try:
+            pair = reader(row)
+            if isinstance(pair, dict): pair = finish_pair(pair, src)
         except (KeyError, TypeError, AttributeError) as error:
             what = f'{type(error).__name__} {error}; its fields are {sorted(row)}'
             raise ValueError(f'Row {number} of {src} has not the published shape: {what}.') from error
-        if isinstance(pair, dict): pair = finish_pair(pair, src)
         if isinstance(pair, str) or pair['id'] in seen:
             dropped[f'{src}: {pair if isinstance(pair, str) else "same pair again"}'] += 1
             continue
@@ -182,8 +186,11 @@ def all_pairs(
         if name=='demo':
             yield from make_corpus(cfg.demo_pairs, cfg.seed, cfg.plant)
             continue
-        rows = local_rows(need(cfg.path(path), 'source')) if path else hub_rows(name, cfg.seed)
-        yield from read_pairs(rows, READERS[name], name, getattr(cfg, f'max_{name}', 10**9), dropped)
+        rows = local_rows(need(cfg.path(path), 'source'), HUB.get(name, ('',''))[1]) if path else hub_rows(name, cfg.seed)
+        before = sum(dropped.values())
+        pair = None
+        for pair in read_pairs(rows, READERS[name], name, getattr(cfg, f'max_{name}', 10**9), dropped): yield pair
+        if pair is None: raise ValueError(f'No pair was left from {path or name}; {sum(dropped.values())-before} were dropped: {dict(dropped)}.')
 
 def make_data(
     cfg:DataConfig, # Settings
@@ -193,8 +200,7 @@ def make_data(
     out,dropped = cfg.path(cfg.pairs_path),Counter()
     if up_to_date(cfg): return out
     with open_run(cfg) as run:
-        count = write_jsonl(out, tqdm(all_pairs(cfg, dropped), desc='pairs', unit=' pairs', mininterval=2))
-        if not count: raise ValueError(f'No pair was left from {", ".join(cfg.paths())}; dropped: {dict(dropped)}.')
+        count = write_jsonl(out, tqdm(all_pairs(cfg, dropped), desc='pairs', unit=' pairs', mininterval=2, disable=None))
         run.facts.update(pairs=count, dropped=dict(dropped), sources=list(cfg.paths()))
     return out
 
@@ -266,7 +272,7 @@ def select_pairs(
 )->list: # The pairs that are left
     "Pairs of one fold and, where the data name splits, of one split"
     inside = [p for p in pairs if fold_of(prompt_id(p['prompt']))==fold]
-    split_known = any('split' in p.get('meta', {}) for p in inside)
-    kept = [p for p in inside if not split_known or p['meta'].get('split')==split]
-    if not kept: raise ValueError(f'No pair of the fold {fold} is left in {len(pairs)} pairs; read more data.')
+    named = {p.get('meta', {}).get('split') for p in inside}
+    kept = [p for p in inside if not named&{'sft','prefs'} or p.get('meta', {}).get('split')==split]
+    if not kept: raise ValueError(f'No pair of the fold {fold} and the split {split} is left in {len(pairs)} pairs; read more data.')
     return kept

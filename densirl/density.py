@@ -48,7 +48,7 @@ def intrinsic_dimension(
     near = distances[:,:k]
     near = near[near[:,0]>0]
     if not len(near) or near.shape[1]<3: return 1.
-    inverse = np.log(near[:,-1:]/near[:,:-1]).sum(1)/(near.shape[1]-2)
+    inverse = np.log(near[:,-1:]/near[:,:-1]).sum(1)/(near.shape[1]-1)
     return float(max(1., 1/max(inverse.mean(), 1e-6)))
 
 # %% ../nbs/01_prompts_density.ipynb #cell-17
@@ -107,4 +107,6 @@ def read_density(
     import pyarrow.parquet as parquet
     table = parquet.read_table(path)
     columns = [np.array(table[name].to_pylist()) for name in ('distances','indices','count')]
+    stored = columns[0].shape[1]
+    if k>stored and stored<len(columns[0])-1: raise ValueError(f'density_k is {k}, but {stored} neighbours are stored; run `densirl density --neighbours {k}`.')
     return dict(zip(table['id'].to_pylist(), log_density(*columns, k)))

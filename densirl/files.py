@@ -94,7 +94,7 @@ def need(
 )->Path: # The same path
     "Return `path` if it exists, otherwise say what is missing and which command makes it"
     if not Path(path).exists():
-        remedy = f'make it with `{MADE_BY[kind]}`, or give the path of another' if kind in MADE_BY else 'check how the path is spelled'
+        remedy = f'make it with `{MADE_BY[kind]}` and the same --profile, or give the path of another' if kind in MADE_BY else 'check how the path is spelled'
         raise FileNotFoundError(f'No {WHAT[kind]} at {path}; {remedy}.')
     return Path(path)
 

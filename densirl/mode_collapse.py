@@ -17,7 +17,7 @@ from .density import read_density
 from .embed import embed_texts, embedder_facts
 from .files import read_jsonl, write_json, write_jsonl
 from .habits import has_opener, strip_opener
-from .runs import open_run, read_log, read_manifest, up_to_date
+from .runs import input_hash, open_run, read_log, read_manifest, up_to_date
 from .stats import mean_interval
 
 # %% ../nbs/04_eval_mode_collapse.ipynb #cell-8
@@ -70,12 +70,14 @@ def check_arms(
 )->dict: # The settings in which they differ
     "The difference of two arms, or an error when it is not the factor alone"
     a,b = density['config'],uniform['config']
+    if not a['density_aware'] or b['density_aware']:
+        raise ValueError('The arms are swapped or of one kind: --grpo_path must be a run with density_aware=True, --baseline_path one without.')
+    def made(arm): return dict(code=arm['code'], dtype=arm.get('facts', {}).get('dtype'))
     settings = {k:(a.get(k), b.get(k)) for k in a|b if a.get(k)!=b.get(k)}
     inputs = [k for k in density['inputs'].keys()&uniform['inputs'].keys() if density['inputs'][k]!=uniform['inputs'][k]]
-    extra = sorted(settings.keys()-{'density_aware'})+sorted(inputs)+[k for k in ('code',) if density[k]!=uniform[k]]
-    if extra or not settings:
-        found = ', '.join(extra) or 'nothing'
-        raise ValueError(f'The arms must differ in density_aware alone, but differ in {found}; train both again with the same settings.')
+    extra = sorted(settings.keys()-{'density_aware'})+sorted(inputs)+[k for k,v in made(density).items() if v!=made(uniform)[k]]
+    if extra:
+        raise ValueError(f'The arms must differ in density_aware alone, but differ in {", ".join(extra)}; train both again with the same settings.')
     return settings
 
 # %% ../nbs/04_eval_mode_collapse.ipynb #cell-21
@@ -118,7 +120,7 @@ def paired_difference(
     "The difference of the arms, prompt by prompt"
     first,second = ({r['prompt_id']:r for r in rows if r['step']==step} for rows in (density, uniform))
     if first.keys()!=second.keys():
-        raise ValueError(f'At step {step} the arms answered {len(first)} and {len(second)} prompts, not the same; train both again.')
+        raise ValueError(f'At step {step} the arms completed {len(first)} and {len(second)} prompts, not the same; train both again.')
     def of(region): return [n for n in first if region in ('all', first[n]['region'])]
     return [dict(region=region, **{m:mean_interval([first[n][m]-second[n][m] for n in of(region)]) for m in METRICS})
         for region in ('all','crowded','middle','rare')]
@@ -142,6 +144,7 @@ def make_eval(
     "Measure both arms and write `eval.json` and `per_prompt.jsonl`"
     out = cfg.path(cfg.out_path)
     if up_to_date(cfg): return out
+    for kind,path in cfg.inputs().items(): input_hash(cfg.path(path), kind)
     folders = {arm:cfg.path(p) for arm,p in cfg.arms().items()}
     diff = check_arms(*(read_manifest(f) for f in folders.values()))
     with open_run(cfg) as run:

@@ -11,7 +11,7 @@ __all__ = ['STAGES', 'SHOWN', 'make_inputs', 'Step', 'RunConfig', 'plan', 'expec
 import os, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 import torch
 from .config import StageConfig, cli_config, make_config, where
 from .data import DataConfig, PromptsConfig, make_data, make_prompts
@@ -20,7 +20,7 @@ from .files import need, repo_root
 from .grpo import GrpoConfig, train_grpo
 from .launch import ALLOCATOR, cpu_cores, stage_command
 from .mode_collapse import EvalConfig, make_eval
-from .report import ReportConfig, make_report
+from .report import DEMO, ReportConfig, make_report
 from .rm import RmConfig, train_rm
 from .runs import read_log, up_to_date
 from .sft import SftConfig, train_sft
@@ -112,7 +112,7 @@ def expected_seconds(
 )->float: # Seconds, a rough guess
     "How long a stage may take on this machine"
     forward,both = expected_tokens(cfg)
-    return 15+3*parameters*(2*forward+6*both)/(speed*1e9)/2
+    return 20+1.5*parameters*(2*forward+6*both)/(speed*1e9)
 
 # %% ../nbs/core/91_pipeline.ipynb #cell-15
 SHOWN = ('max_steps','batch_size','prompts_per_step','group_size','max_new_tokens','max_completion_tokens','demo_pairs','model')
@@ -171,7 +171,8 @@ def start(
         words = [w for k,v in step.given.items() for w in ('-p', k, str(v))]
         command = [sys.executable, '-m', 'papermill', str(repo_root()/f'nbs/{step.notebook}.ipynb'), str(notebooks/f'{step.name}.ipynb'),
             '--log-output', '--no-progress-bar', '-k', 'python3', *words]
-    else: command = stage_command(step.configs[0].stage, ['--force' if k=='force' else f'--{k}={v}' for k,v in step.given.items()])
+    else: command = stage_command(step.configs[0].stage, ['--force' if k=='force' else f'--{k}={v}' for k,v in step.given.items()],
+        max(1, torch.cuda.device_count()))
     env = {**os.environ, **ALLOCATOR, 'OMP_NUM_THREADS':str(threads), 'PYTHONUNBUFFERED':'1', 'DENSIRL_ROOT':str(repo_root())}
     log = notebooks/f'{step.name}.log'
     with open(log, 'w') as out:
@@ -207,11 +208,12 @@ def finish(
             for job in jobs: show_progress(job)
             if any(j.process.poll() for j in jobs): break
             time.sleep(.5)
+        failed = [j for j in jobs if j.process.poll()]
     finally:
         for job in jobs:
             if job.process.poll() is None: job.process.terminate()
             job.process.wait()
-    for job in jobs:
+    for job in failed or jobs:
         show_progress(job)
         if job.process.returncode:
             tail = ''.join(job.log.read_text(errors='replace').splitlines(keepends=True)[-15:])
@@ -236,6 +238,7 @@ def run_all(
     import psutil
     if cfg.hh_path or cfg.uf_path or cfg.se_path or cfg.jsonl_path:
         for path in (cfg.hh_path, cfg.uf_path, cfg.se_path, cfg.jsonl_path): path and need(cfg.path(path), 'source')
+    if cfg.profile=='demo' and cfg.sft_ckpt_path: raise ValueError(f'The demo starts from {DEMO["model"]}; for {cfg.sft_ckpt_path} use --profile full.')
     steps,notebooks,cores,began = plan(cfg),cfg.path('outs/notebooks'),cpu_cores(),time.time()
     if cfg.dry_run: return show_plan(steps, notebooks)
     jobs = side_by_side_jobs(cfg.jobs, cores, psutil.virtual_memory().available/1e9, torch.cuda.device_count())

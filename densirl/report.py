@@ -48,11 +48,11 @@ def plot_regions(
 # %% ../nbs/core/80_report.ipynb #cell-5
 def plot_training(
     logs:dict, # Arm → records of its `metrics.jsonl`
-    metrics:tuple=('reward','kl','entropy','length','ended','opener'), # What to draw
+    metrics:tuple=('reward','kl','entropy','opener'), # What to draw
 ): # A matplotlib figure
     "Draw what both arms logged while they trained, on the prompts each of them drew"
     import matplotlib.pyplot as plt
-    fig,axes = plt.subplots(2, -(-len(metrics)//2), figsize=(9,4.2), dpi=90, layout='constrained', sharex=True)
+    fig,axes = plt.subplots(2, -(-len(metrics)//2), figsize=(8,4.2), dpi=90, layout='constrained', sharex=True)
     for ax,metric in zip(axes.flat, metrics):
         for arm,log in logs.items(): ax.plot([r['step'] for r in log], [r[metric] for r in log], color=COLOURS[arm], label=NAMES[arm])
         ax.set(title=LABELS[metric])
@@ -97,21 +97,24 @@ class ReportConfig(StageConfig):
     eval_path:str = where('outs/eval') # Measurements
     grpo_path:str = where('outs/grpo') # Run folder of the density-aware arm
     baseline_path:str = where('outs/grpo_baseline') # Run folder of the uniform arm
+    density_path:str = where('.cache/data/density.parquet') # Density file, whose manifest names the embedder
     rm_path:str = where('outs/rm') # Run folder of the reward model
     pairs_path:str = where('.cache/data/pairs_all.jsonl') # Pairs the run began with
     prompts_path:str = where('.cache/data/prompts_all.jsonl') # Prompts both arms were given
     out_path:str = where('outs/report') # Where the report goes
 
-    def inputs(self): return dict(eval=self.eval_path, grpo=self.grpo_path, baseline=self.baseline_path, rm=self.rm_path, prompts=self.prompts_path)
+    def inputs(self): return dict(eval=self.eval_path, grpo=self.grpo_path, baseline=self.baseline_path, rm=self.rm_path,
+        prompts=self.prompts_path, density=self.density_path)
     def outputs(self): return [self.out_path]
 
 # %% ../nbs/core/80_report.ipynb #cell-14
 def check_demo(
-    used:dict, # 'model' and 'embedder' → name, from the manifests
+    used:dict, # What was used for what, from the manifests: 'embedder', and otherwise models
     profile:str, # Profile of the run
 )->None:
     "In the demo profile, refuse any model but the two it is defined by"
-    wrong = [f'{k} {used[k]} instead of {v}' for k,v in DEMO.items() if profile=='demo' and used[k]!=v]
+    meant = {k:DEMO['embedder' if 'embedder' in k else 'model'] for k in used}
+    wrong = [f'{k.replace("_", " ")} {used[k]} instead of {v}' for k,v in meant.items() if profile=='demo' and used[k]!=v]
     if wrong: raise ValueError(f'A demo run used {" and ".join(wrong)}; use --profile full for models of your own.')
 
 # %% ../nbs/core/80_report.ipynb #cell-16
@@ -133,8 +136,10 @@ def gather_summary(
     found = read_json(cfg.path(cfg.eval_path)/'eval.json')
     paths = dict(eval=cfg.eval_path, density=cfg.grpo_path, uniform=cfg.baseline_path, rm=cfg.rm_path)
     runs = {k:read_manifest(cfg.path(p)) for k,p in paths.items()}
-    used = dict(model=runs['uniform']['facts']['model'], embedder=runs['eval']['facts']['embedder']['name'], dtype=runs['uniform']['facts']['dtype'])
-    check_demo(used, cfg.profile)
+    facts = {k:r['facts'] for k,r in runs.items()}
+    check_demo(dict(policy=facts['density']['model'], uniform_policy=facts['uniform']['model'], reward_model=facts['rm']['model'],
+        embedder=read_manifest(cfg.path(cfg.density_path))['facts']['embedder']['name'], eval_embedder=facts['eval']['embedder']['name']), cfg.profile)
+    used = dict(model=facts['uniform']['model'], embedder=facts['eval']['embedder']['name'], dtype=facts['uniform']['dtype'])
     return dict(kind='illustration', seeds=1, profile=cfg.profile, seed=runs['uniform']['config']['seed'], used=used,
         sources=read_manifest(cfg.path(cfg.pairs_path))['facts'], reward_model=runs['rm']['facts'], factor=found['config_diff'],
         said=describe_change(found['curves'], found['last_step']), draws=found['draws'], difference=found['difference'],

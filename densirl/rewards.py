@@ -19,6 +19,10 @@ def load_judge(
     device:str='cpu', # Where to put it
 ): # A sequence-classification model that is never trained
     "Load a reward model that reads the policy's tokens"
+    from transformers import AutoConfig
+    made = (AutoConfig.from_pretrained(folder).architectures or ['nothing'])[0]
+    if not made.endswith('ForSequenceClassification'):
+        raise ValueError(f'The model at {folder} is a {made} and has no reward head; train one with `densirl rm`.')
     theirs = load_tokenizer(folder).get_vocab()
     if theirs!=tokenizer.get_vocab():
         raise ValueError(f'The reward model at {folder} knows {len(theirs)} tokens that are not the policy\'s {len(tokenizer)}; '

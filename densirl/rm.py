@@ -17,12 +17,12 @@ from .data import select_pairs
 from .dist import join_ranks, mean_of
 from .files import need, read_jsonl, write_json
 from .logps import completion_rewards, compute_context, pack_groups
-from .models import (compute_dtype, encode_completion, encode_prompt, is_hub_name, load_reward_model, load_tokenizer, model_name,
+from .models import (encode_completion, encode_prompt, is_hub_name, load_reward_model, load_tokenizer, model_input, model_name,
     prompt_messages, save_model)
 from .objectives import preference_loss
 from .runs import open_run
 from .sampler import epoch_batches, rank_slice
-from .sft import skip_stage
+from .sft import agreed_dtype, skip_stage
 from .stats import mean_interval
 from .trainer import Progress, make_optimizer, optimizer_step
 
@@ -47,7 +47,7 @@ class RmConfig(StageConfig):
     pairs_path:str = where('.cache/data/pairs_all.jsonl') # Pairs to read
     out_path:str = where('outs/rm') # Run folder, a Hugging Face folder
 
-    def inputs(self): return dict(pairs=self.pairs_path) if is_hub_name(self.sft_ckpt_path) else dict(pairs=self.pairs_path, sft=self.sft_ckpt_path)
+    def inputs(self): return dict(pairs=self.pairs_path, **model_input(self.sft_ckpt_path, 'sft'))
     def outputs(self): return [self.out_path]
 
 # %% ../nbs/02_rm.ipynb #cell-13
@@ -119,7 +119,7 @@ def train_rm(
     with open_run(cfg, ranks.main) as run:
         every = list(read_jsonl(cfg.path(cfg.pairs_path)))
         pairs,held_out = select_pairs(every, cfg.fold, 'prefs'),select_pairs(every, 'eval', 'prefs')[:cfg.held_out]
-        tokenizer,model,dtype = load_tokenizer(folder),load_reward_model(folder, device=ranks.device, seed=cfg.seed),compute_dtype(ranks.device)
+        tokenizer,model,dtype = load_tokenizer(folder),load_reward_model(folder, device=ranks.device, seed=cfg.seed),agreed_dtype(ranks)
         separate_padding(model, tokenizer)
         sizes = (cfg.max_prompt_tokens, cfg.max_completion_tokens)
         prompts,completions = encode_pairs(pairs, tokenizer, *sizes)

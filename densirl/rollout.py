@@ -15,12 +15,12 @@ from torch import Tensor
 def completion_uniforms(
     seed:int, # Seed of the run
     step:int, # Step of the run
-    prompt:int, # Index of the prompt in the global prompt list
+    slot:int, # Place of the prompt in the global draw
     samples:int, # Completions of this prompt
     tokens:int, # Tokens a completion may have
 )->np.ndarray: # (samples, tokens) in [0, 1)
     "The random numbers that decide the completions of one prompt at one step"
-    return np.random.default_rng([seed, step, prompt, 1]).random((samples, tokens))
+    return np.random.default_rng([seed, step, slot, 1]).random((samples, tokens))
 
 def pick_tokens(
     logits:Tensor, # (rows, vocabulary)

@@ -6,7 +6,7 @@
 __all__ = ['make_optimizer', 'optimizer_step', 'duration', 'Progress']
 
 # %% ../nbs/core/40_trainer.ipynb #cell-2
-import os, sys, time
+import sys, time
 import torch
 from .dist import Ranks, average_
 from .runs import Run

@@ -6,6 +6,8 @@ import nbformat, pytest
 from conftest import ROOT, densirl as call
 from densirl.config import cli_config, digest, make_config, notebook_config, plain_values
 from densirl.grpo import GrpoConfig
+from densirl.rm import RmConfig
+from densirl.sft import SftConfig
 
 def test_three_doors_one_digest(monkeypatch):
     monkeypatch.delenv('IN_TEST', raising=False)
@@ -15,6 +17,12 @@ def test_three_doors_one_digest(monkeypatch):
         max_new_tokens=line.max_new_tokens, eval_every=10, eval_prompts=line.eval_prompts, density_aware=False)
     assert digest(page) == digest(line) == digest(code)
     assert page.outputs() == ['outs/grpo_baseline'] and not page.density_aware
+
+def test_the_start_is_part_of_the_inputs(tmp_path):
+    assert make_config(RmConfig, sft_ckpt_path='someone/model').inputs()['hub_sft'] == 'someone/model'
+    assert make_config(GrpoConfig, sft_ckpt_path='someone/model').inputs()['hub_sft'] == 'someone/model'
+    assert make_config(SftConfig, model='models/mine/local').inputs()['source'] == 'models/mine/local'
+    assert make_config(GrpoConfig).inputs()['sft'] == 'outs/sft'
 
 def test_original_flags_and_defaults():
     cfg = make_config(GrpoConfig)

@@ -21,7 +21,7 @@ FLOORS = dict(
     cli=9, papermill_hook=9,
 )
 LIGHT = {'fastcore', 'numpy', 'scipy'}                    # all that floors 0 and 1 may import besides the standard library
-LIGHT_EXTRA = {'config': {'tqdm', 'tyro'}}
+LIGHT_EXTRA = {'config': {'tyro'}}
 HEAVY = {'datasets', 'sentence_transformers', 'faiss', 'trl', 'matplotlib', 'sklearn'}  # only inside the function that needs them
 MACHINE_PATH = re.compile(r'(?<![\w.])/(?:home|root|work|tmp)/|site-packages')
 LARGEST_NOTEBOOK = 500_000                                # bytes

@@ -1,10 +1,12 @@
 """One command does everything, and the second call does nothing."""
-import json, os, subprocess, sys
+import json, os, subprocess, sys, time
 
-import nbformat
+import nbformat, pytest
 
 from conftest import ROOT
+from densirl.config import make_config
 from densirl.files import read_json
+from densirl.pipeline import Job, RunConfig, finish, plan
 from densirl.report import render
 
 def run_all(*words):
@@ -35,3 +37,19 @@ def test_report_escapes_model_output(tiny_run):
     summary = read_json(tiny_run/'outs/report/summary.json')
     page = render(summary=summary, figures={}, rows=[dict(prompt=bad, sft=bad, uniform=bad, density=bad)])
     assert bad not in page and page.count('&lt;script&gt;') == 4
+
+def test_the_failed_sibling_is_the_one_reported(tmp_path):
+    "The arm that is stopped because the other failed is not blamed"
+    steps = plan(make_config(RunConfig, 'test', root=str(tmp_path)))[-3:-1]
+    jobs = []
+    for step, code in zip(steps, ('import time; time.sleep(60)', 'print("out of luck"); raise SystemExit(3)')):
+        log = tmp_path/f'{step.name}.log'
+        with open(log, 'w') as out: jobs.append(Job(step, subprocess.Popen([sys.executable, '-c', code], stdout=out), log, time.time()))
+    with pytest.raises(RuntimeError, match='density_aware=False failed(?s:.*)out of luck'): finish(jobs)
+    assert jobs[0].process.poll() is not None
+
+def test_paths_of_a_set_choose_it():
+    from densirl.data import DataConfig
+    assert make_config(DataConfig, 'demo', hh_path='somewhere').paths() == {'hh': 'somewhere'}
+    assert make_config(DataConfig, 'demo').paths() == {'demo': ''}
+    assert make_config(DataConfig, hh=False).paths() == {'uf': '', 'se': ''}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import densirl.grpo, densirl.sft
+import densirl.grpo
 from conftest import densirl as call
 from densirl.config import make_config
 from densirl.dist import Ranks
@@ -69,10 +69,9 @@ def test_two_ranks_are_one_run(tiny_run, stage, out, flags):
     # Adam's first steps divide by the gradient's own size, so where it is nearly zero rounding shows.
     assert all((w[k]-v[k]).abs().mean() < 1e-5 for k in w)
 
-def test_bf16_products_keep_fp32_masters(tiny_run, monkeypatch):
-    monkeypatch.setattr(densirl.grpo, 'compute_dtype', lambda device: torch.bfloat16)
+def test_bf16_products_keep_fp32_masters(tiny_run):
     cfg = make_config(GrpoConfig, 'test', root=str(tiny_run), max_steps=1)
-    models = load_models(cfg, 'cpu')
+    models = load_models(cfg, 'cpu', torch.bfloat16)
     before = [p.detach().clone() for p in models.policy.parameters()]
     prompts = [dict(id=str(i), prompt=f'Name {i} fish.') for i in range(4)]
     list(grpo_steps(cfg, models, prompts, np.full(4, .25), Ranks()))
@@ -84,7 +83,7 @@ def test_bf16_products_keep_fp32_masters(tiny_run, monkeypatch):
 def test_reward_rises_when_it_can(tiny_run, monkeypatch):
     "A judge that likes one token: in thirty steps the policy must find out"
     cfg = make_config(GrpoConfig, 'test', root=str(tiny_run), max_steps=30, group_size=8, prompts_per_step=4, learning_rate=3e-3, beta=0., max_new_tokens=4)
-    models, liked = load_models(cfg, 'cpu'), 50
+    models, liked = load_models(cfg, 'cpu', torch.float32), 50
     monkeypatch.setattr(densirl.grpo, 'score_groups', lambda judge, packed, rows, dtype: ((packed.target < liked)*packed.mask).float().sum(-1))
     prompts = [dict(id=str(i), prompt=f'Name {i} fish.') for i in range(8)]
     rewards = [m['reward'] for _, m, _ in grpo_steps(cfg, models, prompts, np.full(8, 1/8), Ranks())]
