@@ -57,4 +57,5 @@ def main()->None:
     finally: leave_ranks()
     if int(os.environ.get('RANK', 0))==0: print(f'{name}: {cfg.outputs()[0]}')
 
-if __name__=='__main__': main()
+# %% ../nbs/core/90_cli.ipynb #cell-9
+if __name__=='__main__' and '__file__' in globals(): main()

@@ -260,4 +260,5 @@ def main()->None:
     try: run_all(cfg)
     except (FileNotFoundError, RuntimeError, ValueError) as error: sys.exit(f'run_all: {error}')
 
-if __name__=='__main__': main()
+# %% ../nbs/core/91_pipeline.ipynb #cell-28
+if __name__=='__main__' and '__file__' in globals(): main()
