@@ -94,6 +94,8 @@ def make_tiny(
     write_json(Path(folder)/'source.json', dict(name='tiny'))
 
 # %% ../nbs/core/24_models.ipynb #cell-15
+BUILT_IN = ('smollm2','tiny')
+
 def is_hub_name(
     name:str, # What the user gave
 )->bool: # Whether it can only be a name on the hub
@@ -123,8 +125,6 @@ def model_name(
     return read_json(source)['name'] if source.exists() else str(folder)
 
 # %% ../nbs/core/24_models.ipynb #cell-18
-BUILT_IN = ('smollm2','tiny')
-
 def model_input(
     name:str, # 'smollm2', 'tiny', a folder, or a hub name
     kind:str, # What a folder would be: a key of `densirl.files.WHAT`
