@@ -18,7 +18,7 @@ from .dist import Ranks, gather, join_ranks, mean_of
 from .files import need, read_jsonl, write_json
 from .habits import habit_rate
 from .logps import Packed, completion_logps, compute_context, pack_groups
-from .models import encode_prompt, is_hub_name, load_policy, load_tokenizer, model_input, model_name, prompt_messages, save_model
+from .models import encode_prompt, load_policy, load_tokenizer, model_input, model_name, prompt_messages, save_model, start_path
 from .objectives import group_advantages, grpo_loss
 from .rewards import load_judge, score_groups
 from .rollout import completion_uniforms, generate, refresh_, sampling_copy
@@ -123,7 +123,7 @@ def load_models(
     dtype:torch.dtype, # Precision of products
 )->Models: # Policy and reference start equal
     "Load policy, reference and reward model"
-    folder = cfg.sft_ckpt_path if is_hub_name(cfg.sft_ckpt_path) else str(need(cfg.path(cfg.sft_ckpt_path), 'sft'))
+    folder = start_path(cfg.sft_ckpt_path, cfg.path(cfg.sft_ckpt_path), 'sft')
     judge_folder = str(need(cfg.path(cfg.rm_ckpt_path), 'rm'))
     tokenizer,policy = load_tokenizer(folder),load_policy(folder, device=device)
     ref = load_policy(folder, dtype, device).requires_grad_(False)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'BUILT_IN', 'quiet_transformers', 'convert_smollm2', 'save_model', 'tiny_tokenizer', 'make_tiny',
-           'is_hub_name', 'model_folder', 'model_name', 'model_input', 'load_tokenizer', 'load_policy',
+           'is_hub_name', 'model_folder', 'model_name', 'model_input', 'start_path', 'load_tokenizer', 'load_policy',
            'load_reward_model', 'encode_prompt', 'encode_completion', 'prompt_messages', 'compute_dtype']
 
 # %% ../nbs/core/24_models.ipynb #cell-2
 import importlib.util, os, tempfile, time, warnings
 from pathlib import Path
 import torch
-from .files import read_json, write_json
+from .files import need, read_json, write_json
 
 # %% ../nbs/core/24_models.ipynb #cell-4
 def quiet_transformers()->None:
@@ -132,6 +132,14 @@ def model_input(
     "How a config declares the model it starts from"
     if name in BUILT_IN: return {}
     return {f'hub_{kind}':name} if is_hub_name(name) else {kind:name}
+
+def start_path(
+    name:str, # A folder or a hub name
+    path:Path, # Where the folder would lie
+    kind:str, # What a folder would be: a key of `densirl.files.WHAT`
+)->str: # What `from_pretrained` takes
+    "The hub name as it is, or the folder, which must exist"
+    return name if is_hub_name(name) else str(need(path, kind))
 
 # %% ../nbs/core/24_models.ipynb #cell-20
 def load_tokenizer(

@@ -15,10 +15,10 @@ import torch
 from .config import StageConfig, where
 from .data import select_pairs
 from .dist import join_ranks, mean_of
-from .files import need, read_jsonl, write_json
+from .files import read_jsonl, write_json
 from .logps import completion_rewards, compute_context, pack_groups
-from .models import (encode_completion, encode_prompt, is_hub_name, load_reward_model, load_tokenizer, model_input, model_name,
-    prompt_messages, save_model)
+from .models import (encode_completion, encode_prompt, load_reward_model, load_tokenizer, model_input, model_name,
+    prompt_messages, save_model, start_path)
 from .objectives import preference_loss
 from .runs import open_run
 from .sampler import epoch_batches, rank_slice
@@ -113,8 +113,8 @@ def train_rm(
     cfg:RmConfig, # Settings
 )->Path: # The run folder
     "Train a reward model on one fold and judge it on pairs of the `eval` fold"
-    ranks,out,folder = join_ranks(),cfg.path(cfg.out_path),cfg.sft_ckpt_path
-    if not is_hub_name(folder): folder = str(need(cfg.path(folder), 'sft'))
+    ranks,out = join_ranks(),cfg.path(cfg.out_path)
+    folder = start_path(cfg.sft_ckpt_path, cfg.path(cfg.sft_ckpt_path), 'sft')
     if skip_stage(cfg, ranks): return out
     with open_run(cfg, ranks.main) as run:
         every = list(read_jsonl(cfg.path(cfg.pairs_path)))

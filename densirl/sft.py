@@ -13,10 +13,10 @@ import torch
 from .config import StageConfig, where
 from .data import select_pairs
 from .dist import Ranks, gather, join_ranks, mean_of
-from .files import need, read_jsonl, repo_root, write_json
+from .files import read_jsonl, repo_root, write_json
 from .logps import completion_logps, compute_context, pack_groups
-from .models import (BUILT_IN, compute_dtype, encode_completion, encode_prompt, is_hub_name, load_policy, load_tokenizer,
-    model_folder, model_input, model_name, prompt_messages, save_model)
+from .models import (BUILT_IN, compute_dtype, encode_completion, encode_prompt, load_policy, load_tokenizer,
+    model_folder, model_input, model_name, prompt_messages, save_model, start_path)
 from .runs import open_run, up_to_date
 from .sampler import epoch_batches, rank_slice
 from .trainer import Progress, make_optimizer, optimizer_step
@@ -60,7 +60,7 @@ def start_folder(
     ranks:Ranks, # Who we are
 )->str: # What `from_pretrained` takes
     "The folder to start from; the main rank makes it if it has to be made"
-    if cfg.model not in BUILT_IN: return cfg.model if is_hub_name(cfg.model) else str(need(cfg.path(cfg.model), 'source'))
+    if cfg.model not in BUILT_IN: return start_path(cfg.model, cfg.path(cfg.model), 'source')
     home = repo_root() if cfg.model=='smollm2' else cfg.path('.')
     texts = [t for p in pairs[:500] for t in (p['prompt'], p['chosen'])]
     if ranks.main: model_folder(cfg.model, home/'.cache/models', texts)
