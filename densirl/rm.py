@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from .config import StageConfig, where
-from .data import select_pairs
+from .data import read_folds, select_pairs
 from .dist import join_ranks, mean_of
 from .files import read_jsonl, write_json
 from .logps import completion_rewards, compute_context, pack_groups
@@ -45,9 +45,10 @@ class RmConfig(StageConfig):
     device_batch_size:int = where(32) # Pairs a forward pass; lower it when memory is short
     sft_ckpt_path:str = where('outs/sft') # Backbone: an SFT run, a Hugging Face folder or a hub name
     pairs_path:str = where('.cache/data/pairs_all.jsonl') # Pairs to read
+    prompts_path:str = where('.cache/data/prompts_all.jsonl') # Prompts of the pairs, which know their folds
     out_path:str = where('outs/rm') # Run folder, a Hugging Face folder
 
-    def inputs(self): return dict(pairs=self.pairs_path, **model_input(self.sft_ckpt_path, 'sft'))
+    def inputs(self): return dict(pairs=self.pairs_path, prompts=self.prompts_path, **model_input(self.sft_ckpt_path, 'sft'))
     def outputs(self): return [self.out_path]
 
 # %% ../nbs/02_rm.ipynb #cell-13
@@ -117,8 +118,9 @@ def train_rm(
     folder = start_path(cfg.sft_ckpt_path, cfg.path(cfg.sft_ckpt_path), 'sft')
     if skip_stage(cfg, ranks): return out
     with open_run(cfg, ranks.main) as run:
-        every = list(read_jsonl(cfg.path(cfg.pairs_path)))
-        pairs,held_out = select_pairs(every, cfg.fold, 'prefs'),select_pairs(every, 'eval', 'prefs')[:cfg.held_out]
+        folds = read_folds(cfg.path(cfg.prompts_path))
+        pairs,held_out = (select_pairs(read_jsonl(cfg.path(cfg.pairs_path)), folds, f, 'prefs') for f in (cfg.fold,'eval'))
+        held_out = held_out[:cfg.held_out]
         tokenizer,model,dtype = load_tokenizer(folder),load_reward_model(folder, device=ranks.device, seed=cfg.seed),agreed_dtype(ranks)
         separate_padding(model, tokenizer)
         sizes = (cfg.max_prompt_tokens, cfg.max_completion_tokens)

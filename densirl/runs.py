@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import densirl
 from .config import StageConfig, digest, science
-from .files import MADE_BY, WHAT, file_hash, need, read_json, read_jsonl, text_hash, write_json
+from .files import MADE_BY, WHAT, file_hash, need, read_json, read_jsonl, remove_halves, text_hash, write_json
 
 # %% ../nbs/core/10_runs.ipynb #cell-5
 PACKAGE_DATA = dict(corpus='phrases', report='templates') # Module → folder of texts that it reads
@@ -41,7 +41,7 @@ def is_file_name(
     out:Path, # First output of a stage
 )->bool: # Whether it is a file; a run folder may have a dot in its name
     "Does a stage write a file here, or a run folder?"
-    return Path(out).suffix in ('.jsonl','.parquet','.gz')
+    return Path(out).suffix in ('.jsonl','.parquet','.gz','.zst')
 
 def manifest_path(
     out:Path, # Run folder, or the first file a stage writes
@@ -139,6 +139,7 @@ def open_run(
     manifest = dict(run_key(cfg), status='running', environment=environment())
     if not is_file_name(out) and read_manifest(out).get('stage')==cfg.stage: shutil.rmtree(out)
     run.folder.mkdir(parents=True, exist_ok=True)
+    for file in outputs: remove_halves(file)
     write_json(manifest_path(out), manifest)
     yield run
     write_json(manifest_path(out), dict(manifest, facts=run.facts, outputs=content_hashes(outputs), seconds=round(time.time()-began, 1), status='complete'))

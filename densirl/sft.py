@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 import torch
 from .config import StageConfig, where
-from .data import select_pairs
+from .data import read_folds, select_pairs
 from .dist import Ranks, gather, join_ranks, mean_of
 from .files import read_jsonl, repo_root, write_json
 from .logps import completion_logps, compute_context, pack_groups
@@ -38,9 +38,10 @@ class SftConfig(StageConfig):
     max_completion_tokens:int = 256 # Longer completions are cut from the right
     device_batch_size:int = where(32) # Completions a forward pass; lower it when memory is short
     pairs_path:str = where('.cache/data/pairs_all.jsonl') # Pairs to read
+    prompts_path:str = where('.cache/data/prompts_all.jsonl') # Prompts of the pairs, which know their folds
     out_path:str = where('outs/sft') # Run folder, a Hugging Face folder
 
-    def inputs(self): return dict(pairs=self.pairs_path, **model_input(self.model, 'source'))
+    def inputs(self): return dict(pairs=self.pairs_path, prompts=self.prompts_path, **model_input(self.model, 'source'))
     def outputs(self): return [self.out_path]
 
 # %% ../nbs/core/45_sft.ipynb #cell-6
@@ -88,7 +89,7 @@ def train_sft(
     ranks,out = join_ranks(),cfg.path(cfg.out_path)
     if skip_stage(cfg, ranks): return out
     with open_run(cfg, ranks.main) as run:
-        pairs = select_pairs(list(read_jsonl(cfg.path(cfg.pairs_path))), 'policy', 'sft')
+        pairs = select_pairs(read_jsonl(cfg.path(cfg.pairs_path)), read_folds(cfg.path(cfg.prompts_path)), 'policy', 'sft')
         folder = start_folder(cfg, pairs, ranks)
         tokenizer,model,dtype = load_tokenizer(folder),load_policy(folder, device=ranks.device),agreed_dtype(ranks)
         prompts = [encode_prompt(tokenizer, prompt_messages(p), cfg.max_prompt_tokens) for p in pairs]

@@ -6,14 +6,14 @@
 __all__ = ['FOLDS', 'normalise', 'prompt_id', 'pair_id', 'fold_of', 'escape_tsv']
 
 # %% ../nbs/core/00_text.ipynb #cell-2
-import hashlib, re, unicodedata, uuid
+import hashlib, unicodedata
 
 # %% ../nbs/core/00_text.ipynb #cell-5
 def normalise(
     text:str, # Any text
 )->str: # NFC, runs of whitespace as one space, no space at the ends
     "The form of `text` that names are computed from, never the form that is stored"
-    return re.sub(r'\s+', ' ', unicodedata.normalize('NFC', text)).strip()
+    return ' '.join(unicodedata.normalize('NFC', text).split())
 
 # %% ../nbs/core/00_text.ipynb #cell-8
 def prompt_id(
@@ -32,7 +32,8 @@ def pair_id(
     digest = hashlib.md5()
     for part in (prompt, chosen, rejected):
         digest.update(part.encode('utf-8', 'surrogatepass') + b'\0')
-    return str(uuid.UUID(bytes=digest.digest()))
+    name = digest.hexdigest()
+    return '-'.join((name[:8], name[8:12], name[12:16], name[16:20], name[20:]))
 
 # %% ../nbs/core/00_text.ipynb #cell-14
 FOLDS = dict(policy=.5, proxy=.3, gold=.1, eval=.1)

@@ -1,18 +1,26 @@
 """The corpus whose truth is known, and real files in the published formats."""
-import gzip, json
+import errno, gzip, json, os, random, signal, subprocess, sys, time
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from densirl.config import make_config
 from densirl.corpus import OPENERS, make_corpus
-from densirl.data import DataConfig, PromptsConfig, distinct_prompts, from_hh, from_uf, make_data, make_prompts
+from densirl.data import DataConfig, PromptsConfig, distinct_prompts, make_data, make_prompts, read_folds, select_pairs
 from densirl.density import log_density, nearest_neighbours
 from densirl.embed import embed_texts
-from densirl.files import read_jsonl
+from densirl import files
+from densirl.files import read_jsonl, write_jsonl
 from densirl.habits import has_opener
 from densirl.runs import read_manifest
 from densirl.sampler import sampling_weights, solve_alpha
+from densirl.sources import outcome
+from densirl.tally import Tally
+from densirl.text import prompt_id
 
 def test_planted_opener_is_what_the_habit_counts():
     for opener in OPENERS.values(): assert has_opener(opener+'Text')
@@ -20,7 +28,8 @@ def test_planted_opener_is_what_the_habit_counts():
         for key in ('chosen', 'rejected'): assert has_opener(pair[key]) == pair['meta'][f'opener_{key}']
 
 def test_rare_prompts_weigh_more_on_real_embeddings():
-    prompts = distinct_prompts(make_corpus(800))
+    lines = [outcome(pair, 'demo', 'pair')[-1] for pair in make_corpus(800)]
+    prompts = list(distinct_prompts(enumerate(lines, 1), Tally()))
     distances, indices = nearest_neighbours(embed_texts([p['prompt'] for p in prompts]))
     density = log_density(distances, indices, np.array([p['count'] for p in prompts]))
     tail = np.array([p['meta']['region'] == 'tail' for p in prompts])
@@ -33,47 +42,306 @@ def test_uniform_sampling_weighs_all_alike():
     weights = sampling_weights(np.random.default_rng(0).normal(size=50), 0.)
     assert (weights == weights[0]).all()
 
+def read(root, **given):
+    "The pairs that `densirl data` makes under `root`, and the facts of its manifest"
+    cfg = DataConfig(root=str(root), **{k: str(v) if k.endswith('_path') else v for k, v in given.items()})
+    out = make_data(cfg)
+    return list(read_jsonl(out)), read_manifest(out)['facts']
+
+def prompts_of(root, **given):
+    return list(read_jsonl(make_prompts(PromptsConfig(root=str(root), **given))))
+
+def plain(i, **given): return dict(prompt=f'Name fish number {i}.', chosen=f'Pike {i}.', rejected='No.') | given
+
+def chat(*said): return [dict(role=r, content=c) for r, c in zip(('user', 'assistant')*9, said)]
+
+def uf_row(i, **given):
+    return dict(prompt=f'Fish {i}?', prompt_id=str(i), chosen=chat(f'Fish {i}?', 'Pike.'), rejected=chat(f'Fish {i}?', 'No.'),
+        messages=chat(f'Fish {i}?', 'Pike.'), score_chosen=8., score_rejected=3.) | given
+
+def se_row(i, scores=(1, 4, 2), site='ai.stackexchange.com'):
+    answers = [dict(answer_id=j, author=f'user {j}', author_id=j, author_profile=f'https://{site}/users/{j}', pm_score=s, selected=False,
+        text=f'<p>Answer {j} – with <code>x_{j}</code></p><pre><code>if a:\n    b()\n</code></pre>') for j, s in enumerate(scores)]
+    return dict(qid=i, question=f'<p>Question <b>{i}</b> of {site}?</p>', answers=answers, date='2021/05/06', metadata=[f'https://{site}/q/{i}'])
+
+def write(path, rows):
+    "The same rows in the format that the name asks for"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == '.parquet': pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=50)
+    else: write_jsonl(path, rows)
+
+# -- the built-in corpus and real files
+
 def test_two_runs_write_the_same_bytes(tmp_path):
     files = [make_data(make_config(DataConfig, 'test', root=str(tmp_path/n))) for n in 'ab']
     assert files[0].read_bytes() == files[1].read_bytes()
 
 def test_real_hh_rlhf(tmp_path, shared):
-    cfg = make_config(DataConfig, 'demo', only='hh', hh_path=str(shared/'hh-rlhf'), root=str(tmp_path))
-    pairs = list(read_jsonl(make_data(cfg)))
-    facts = read_manifest(cfg.path(cfg.pairs_path))['facts']
-    assert facts['pairs']+sum(facts['dropped'].values()) == 2312 and facts['pairs'] > 2200, facts
+    pairs, facts = read(tmp_path, only='hh', hh_path=shared/'hh-rlhf')
+    assert facts['pairs']+sum(facts['dropped'].values()) == facts['rows'] == 2312 and facts['pairs'] > 2200, facts
     assert {p['src'] for p in pairs} == {'hh'}
     many = next(p for p in pairs if 'messages' in p)
     assert many['messages'][-1]['role'] == 'user' and 'Human:' not in many['prompt']
-    prompts = list(read_jsonl(make_prompts(make_config(PromptsConfig, 'demo', root=str(tmp_path)))))
-    assert sum(p['count'] for p in prompts) == len(pairs)
+    raw = gzip.open(shared/'hh-rlhf/harmless-base/test.jsonl.gz', 'rt', encoding='utf-8').read().split('\n')
+    transcripts = {json.loads(l)['chosen'] for l in raw if l}
+    role = dict(user='\n\nHuman: ', assistant='\n\nAssistant: ')
+    whole = sum(''.join(role[m['role']]+m['content'] for m in p.get('messages', chat(p['prompt'])))+role['assistant']+p['chosen'] in transcripts for p in pairs)
+    assert whole > .98*len(pairs), 'put together again, nearly all transcripts are what they were'
+    assert sum(p['count'] for p in prompts_of(tmp_path)) == len(pairs)
+
+def test_a_sample_is_fair_and_repeatable(tmp_path, shared):
+    whole, _ = read(tmp_path/'all', only='hh', hh_path=shared/'hh-rlhf')
+    some, _ = read(tmp_path/'some', only='hh', hh_path=shared/'hh-rlhf', max_hh=500)
+    place = {p['id']: i for i, p in enumerate(whole)}
+    where = np.array([place[p['id']] for p in some])
+    assert 480 < len(some) <= 500 and 450 < len(whole)/2-abs(np.median(where)-len(whole)/2)
+    assert read(tmp_path/'again', only='hh', hh_path=shared/'hh-rlhf', max_hh=500)[0] == some
+    assert read(tmp_path/'other', only='hh', hh_path=shared/'hh-rlhf', max_hh=500, seed=1)[0] != some
 
 def test_real_jsonl_keeps_multiplicity(tmp_path, shared):
-    cfg = make_config(DataConfig, 'demo', jsonl_path=str(shared/'alpaca_eval_pairs.jsonl.gz'), root=str(tmp_path))
-    pairs = list(read_jsonl(make_data(cfg)))
-    prompts = distinct_prompts(pairs)
+    pairs, _ = read(tmp_path, jsonl_path=shared/'alpaca_eval_pairs.jsonl.gz')
+    prompts = prompts_of(tmp_path)
     assert len(pairs) > 10_000 and len(prompts) < 900 and max(p['count'] for p in prompts) >= 13
     assert '\n' in pairs[0]['chosen'] and pairs[0]['meta']['annotator']
 
-def test_ultrafeedback_schema():
-    row = dict(prompt='Name a fish.', prompt_id='x', score_chosen=8., score_rejected=3.,
-        chosen=[dict(role='user', content='Name a fish.'), dict(role='assistant', content='Pike.')],
-        rejected=[dict(role='user', content='Name a fish.'), dict(role='assistant', content='No.')])
-    pair = from_uf(row)
-    assert (pair['prompt'], pair['chosen'], pair['meta']['score_chosen']) == ('Name a fish.', 'Pike.', 8.)
+@pytest.mark.parametrize('language', ['en', 'zh'])
+def test_real_sharegpt(tmp_path, shared, language):
+    path = shared/f'dpo_{language}_demo.json.gz'
+    pairs, facts = read(tmp_path, jsonl_path=path)
+    raw = json.load(gzip.open(path))
+    assert facts['pairs']+sum(facts['dropped'].values()) == len(raw) == 300 and facts['pairs'] > 280, facts
+    said = {r['chosen']['value'] for r in raw}
+    assert all(p['chosen'] in said for p in pairs)
 
-def test_text_is_not_damaged(tmp_path):
-    said = 'A list:\n\n- one\u2028\n- two\r\n\tcode  with  blanks — “quotes”'
-    with gzip.open(tmp_path/'p.jsonl.gz', 'wt') as file: file.write(json.dumps(dict(prompt='  Why?\n', chosen=said, rejected='No.'))+'\n')
-    pair = next(read_jsonl(make_data(make_config(DataConfig, jsonl_path=str(tmp_path/'p.jsonl.gz'), root=str(tmp_path)))))
-    assert (pair['prompt'], pair['chosen']) == ('  Why?\n', said)
+# -- the published schemas
 
-@pytest.mark.parametrize('content,said', [('{"prompt":"a","chosen":"b"}\n', 'rejected'), ('{"prompt":\n', 'line 1'), ('', 'No pair was left')])
+@pytest.mark.parametrize('name', ['train_prefs-00000-of-00001.parquet', 'train_prefs.jsonl', 'train_prefs.jsonl.gz', 'train_prefs.jsonl.zst'])
+def test_ultrafeedback(tmp_path, name):
+    rows = [uf_row(0), uf_row(1, rejected=chat('Fish 1?', 'Pike.')), uf_row(2, chosen=chat('Bird?', 'Pike.')),
+        uf_row(3, chosen=chat('a', 'b', 'c', 'd'), rejected=chat('a', 'b', 'c', 'e')), uf_row(4, rejected=chat('Fish 4?', ' '))]
+    write(tmp_path/'data'/name, rows)
+    write(tmp_path/'data/test_prefs.jsonl', [uf_row(99)])
+    pairs, facts = read(tmp_path, only='uf', uf_path=tmp_path/'data')
+    assert [(p['prompt'], p['chosen'], p['meta']['score_chosen']) for p in pairs] == [('Fish 0?', 'Pike.', 8.), ('User: a\n\nAssistant: b\n\nUser: c', 'd', 8.)]
+    assert pairs[1]['messages'] == chat('a', 'b', 'c')
+    assert facts['dropped'] == {'uf: equal completions': 1, 'uf: no common prompt': 1, 'uf: empty text': 1}
+
+@pytest.mark.parametrize('name', ['train-00000.parquet', 'train.jsonl.gz'])
+def test_stack_exchange(tmp_path, name):
+    for site in ('ai.stackexchange.com', 'cooking.stackexchange.com'):
+        write(tmp_path/'se/data'/site/name, [se_row(i, site=site) for i in range(20)]+[se_row(20, (2, 2), site)])
+    pairs, facts = read(tmp_path, only='se', se_path=tmp_path/'se')
+    assert (facts['pairs'], facts['dropped']) == (40, {'se: no two scores': 2})
+    assert pairs[0]['prompt'] == 'Question **0** of ai.stackexchange.com?'
+    assert pairs[0]['chosen'] == 'Answer 1 – with `x_1`\n\n```\nif a:\n    b()\n```'
+    meta = pairs[0]['meta']
+    assert meta['margin'] == 3 and meta['authors']['chosen'] == dict(author='user 1', author_profile='https://ai.stackexchange.com/users/1')
+    assert meta['source'] == ['https://ai.stackexchange.com/q/0']
+    every, _ = read(tmp_path/'all', only='se', se_path=tmp_path/'se', se_pairs='all', se_sites='cooking.stackexchange.com')
+    assert len(every) == 60 and {p['meta']['source'][0].split('/')[2] for p in every} == {'cooking.stackexchange.com'}
+    some, _ = read(tmp_path/'some', only='se', se_path=tmp_path/'se', max_se=10)
+    assert len(some) == 10 and len({p['meta']['source'][0].split('/')[2] for p in some}) == 2
+    with pytest.raises(FileNotFoundError, match='No folder ai.stackexchange.org'): read(tmp_path/'x', only='se', se_path=tmp_path/'se', se_sites='ai.stackexchange.org')
+
+# -- the hub, played by local files in the published schemas
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "A `load_dataset` that finds the three sets in a folder; a number in `calls['fail_at']` cuts the stream there"
+    write(tmp_path/'hub/hh.jsonl', [dict(chosen=f'\n\nHuman: {i}?\n\nAssistant: yes', rejected=f'\n\nHuman: {i}?\n\nAssistant: no') for i in range(30)])
+    write(tmp_path/'hub/uf.parquet', [uf_row(i) for i in range(30)])
+    for site in ('ai.stackexchange.com', 'cooking.stackexchange.com'):
+        write(tmp_path/f'hub/data/{site}/train-0.parquet', [se_row(i, site=site) for i in range(400)])
+    load, shard, calls = datasets.load_dataset, datasets.IterableDataset.shard, dict(fail_at=0, shards=0)
+    def fake(repository, split, streaming=False, data_files={}):
+        files = {'Anthropic/hh-rlhf': ('json', 'hh.jsonl'), 'HuggingFaceH4/ultrafeedback_binarized': ('parquet', 'uf.parquet'),
+            'HuggingFaceH4/stack-exchange-preferences': ('parquet', 'data/*/*.parquet')}
+        kind, name = files[repository]
+        assert split == ('train_prefs' if 'ultra' in repository else 'train') and streaming == ('stack' in repository)
+        wanted = [str(tmp_path/'hub'/f) for f in data_files.get(split, [name])]
+        return load(kind, data_files=wanted, split='train', streaming=streaming, cache_dir=str(tmp_path/'cache'))
+    def counted(self, *args, **kwargs):
+        calls['shards'] += 1
+        if calls['shards'] == calls['fail_at']: raise ConnectionError('Server disconnected')
+        return shard(self, *args, **kwargs)
+    monkeypatch.setattr(datasets, 'load_dataset', fake)
+    monkeypatch.setattr(datasets.IterableDataset, 'shard', counted)
+    return calls
+
+def test_three_sets_from_the_hub(tmp_path, hub):
+    pairs, facts = read(tmp_path, max_se=100, max_uf=20)
+    assert facts['sources'] == dict(hh=30, uf=20, se=100)
+    sites = [p['meta']['source'][0].split('/')[2] for p in pairs if p['src'] == 'se']
+    assert 15 < sites.count('ai.stackexchange.com') < 85
+    assert not (tmp_path/'.cache/data/se_parts').exists() or not list((tmp_path/'.cache/data/se_parts').iterdir())
+
+def test_an_interrupted_download_goes_on(tmp_path, hub):
+    whole, _ = read(tmp_path/'whole', only='se', max_se=300)
+    hub.update(shards=0, fail_at=6)
+    with pytest.raises(ConnectionError, match='row group 6 of at most 16.*run the same command again'): read(tmp_path/'cut', only='se', max_se=300)
+    assert not (tmp_path/'cut/.cache/data/pairs_all.jsonl').exists()
+    hub.update(shards=0, fail_at=0)
+    again, _ = read(tmp_path/'cut', only='se', max_se=300)
+    assert again == whole
+    rest = hub['shards']
+    hub['shards'] = 0
+    read(tmp_path/'third', only='se', max_se=300)
+    assert rest == hub['shards']-5, 'the five row groups that were read are not read again'
+
+def test_sites_are_chosen_on_the_hub(tmp_path, hub):
+    pairs, _ = read(tmp_path, only='se', se_sites='cooking.stackexchange.com', max_se=1000)
+    assert len(pairs) == 400 and all('cooking' in p['prompt'] for p in pairs)
+
+def test_a_hub_out_of_reach_says_how_to_go_on(tmp_path, monkeypatch):
+    def nowhere(*args, **kwargs): raise OSError('Name or service not known')
+    monkeypatch.setattr(datasets, 'load_dataset', nowhere)
+    for name in ('hh', 'uf', 'se'):
+        with pytest.raises(ConnectionError, match=f'cannot be read from the hub.*--{name}_path.*--no-{name}'): read(tmp_path, only=name)
+
+# -- text
+
+hostile = st.text(st.characters(), max_size=40)
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(hostile, hostile, hostile), min_size=1, max_size=5))
+def test_hostile_strings_survive(tmp_path_factory, texts):
+    root = tmp_path_factory.mktemp('hostile')
+    rows = [dict(prompt=f'{i} {p}', chosen=f'+{c}', rejected=f'-{r}') for i, (p, c, r) in enumerate(texts)]
+    rows = json.loads(json.dumps(rows))     # two halves of a surrogate pair side by side become one character in any JSON
+    (root/'in.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows), encoding='ascii')
+    out = make_data(DataConfig(jsonl_path=str(root/'in.jsonl'), root=str(root)))
+    found = [json.loads(line) for line in out.read_bytes().decode('utf-8').split('\n')[:-1]]
+    assert [{k: f[k] for k in r} for f, r in zip(found, rows)] == rows
+    make_prompts(PromptsConfig(root=str(root)))
+    ids = (root/'.cache/data/prompt_id_map.tsv').read_bytes().decode('utf-8').split('\n')[:-1]
+    assert [line.split('\t')[0] for line in ids] == [prompt_id(r['prompt']) for r in rows] and all(line.count('\t') == 1 for line in ids)
+
+@pytest.mark.parametrize('said', ['A list:\n\n- one\u2028\n- two\r\n\tcode  with  blanks — “quotes”', 'x'*2**20, 'a\x00b\x1f\x7f\x85\ufeff\u202e', 'half \ud83d', '\u0130İ ﬁ e\u0301'],
+    ids=['layout', 'megabyte', 'control', 'surrogate', 'unicode'])
+@pytest.mark.parametrize('suffix', ['', '.gz', '.zst'])
+def test_text_is_not_damaged(tmp_path, said, suffix):
+    write_jsonl(tmp_path/f'p.jsonl{suffix}', [dict(prompt='  Why?\n', chosen=said, rejected='No.')])
+    pairs, _ = read(tmp_path, jsonl_path=tmp_path/f'p.jsonl{suffix}', pairs_path=f'out/pairs.jsonl{suffix}')
+    assert (pairs[0]['prompt'], pairs[0]['chosen']) == ('  Why?\n', said)
+
+# -- duplicates and folds
+
+def test_duplicates(tmp_path):
+    rows = [plain(0), plain(0), plain(0, chosen='Trout.'), plain(0, prompt='Name  fish\nnumber 0. ', chosen='Trout.')]
+    write(tmp_path/'a.jsonl', rows)
+    sizes = {}
+    for how in ('none', 'pair', 'prompt'):
+        pairs, facts = read(tmp_path/how, jsonl_path=tmp_path/'a.jsonl', dedup=how)
+        sizes[how] = (len(pairs), [p['count'] for p in prompts_of(tmp_path/how)], facts['dropped'])
+    assert sizes == dict(none=(4, [4], {}), pair=(3, [3], {'jsonl: same pair again': 1}), prompt=(1, [1], {'jsonl: same prompt again': 3}))
+
+def test_sources_share_prompts(tmp_path):
+    write(tmp_path/'h.jsonl', [dict(chosen=f'\n\nHuman: Fish {i}?\n\nAssistant: yes', rejected=f'\n\nHuman: Fish {i}?\n\nAssistant: no') for i in range(5)])
+    write(tmp_path/'u.jsonl', [uf_row(i) for i in range(3, 10)])
+    read(tmp_path, hh_path=tmp_path/'h.jsonl', uf_path=tmp_path/'u.jsonl', se=False)
+    prompts = prompts_of(tmp_path)
+    assert json.loads((tmp_path/'.cache/data/stats.json').read_text())['prompts_shared'] == dict(hh=dict(hh=5, uf=2), uf=dict(hh=2, uf=7))
+    assert [p['sources'] for p in prompts if 'sources' in p] == [['hh', 'uf']]*2
+    assert 'pairs: 12' in (tmp_path/'.cache/data/stats.txt').read_text()
+
+def test_near_duplicates_stay_in_one_fold(tmp_path):
+    rng = random.Random(0)
+    def text(): return ' '.join(rng.choice('river mountain autumn train violin letter copper window garden thunder'.split())+str(rng.randrange(99)) for _ in range(12))
+    texts = [text() for _ in range(120)]
+    write(tmp_path/'a.jsonl', [plain(i, prompt=t+end) for i, t in enumerate(texts) for end in ('', '!', ' ?')])
+    read(tmp_path, jsonl_path=tmp_path/'a.jsonl')
+    apart = prompts_of(tmp_path)
+    together = prompts_of(tmp_path, near=.8)
+    groups = list(read_jsonl(tmp_path/'.cache/data/near_groups.jsonl'))
+    assert len(groups) == 120 and all(len(g['prompts']) == 3 for g in groups)
+    def crossing(prompts):
+        folds = {p['prompt']: p['fold'] for p in prompts}
+        return sum(len({folds[t+e] for e in ('', '!', ' ?')}) > 1 for t in texts)
+    assert crossing(apart) > 30 and crossing(together) == 0
+    assert [p['id'] for p in together] == [p['id'] for p in apart], 'nothing is removed'
+    folds = read_folds(tmp_path/'.cache/data/prompts_all.jsonl')
+    pairs = list(read_jsonl(tmp_path/'.cache/data/pairs_all.jsonl'))
+    chosen = [select_pairs(pairs, folds, f, 'prefs') for f in ('policy', 'proxy', 'gold', 'eval')]
+    assert sum(map(len, chosen)) == len(pairs)
+
+# -- bad input, each named with its remedy
+
+def cut(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+    return path
+
+@pytest.mark.parametrize('content,said', [
+    (b'{"prompt":"a","chosen":"b"}\n', "line 1: no field 'rejected'"),
+    (b'{"prompt":"a","chosen":"b","rejected":"c"}\n{"prompt":\n', 'line 2: not valid JSON'),
+    (b'\n\n{"prompt":"a\xff","chosen":"b","rejected":"c"}\n', 'line 3: not valid UTF-8'),
+    (b'{"prompt":"a","chosen":"b","rejected":null}\n', "line 1: 'rejected' is not a text but NoneType"),
+    (b'{"prompt":"a","chosen":["b"],"rejected":["c"]}\n', "line 1: 'chosen' is not a list of objects"),
+    (b'{"prompt":"a","chosen":"b","rejected":"c","messages":"d"}\n', "line 1: 'messages' is not a list of objects"),
+    (b'[1]\n', 'item 1: not an object but int'),
+    (b'"text"\n', 'line 1: not an object but str'),
+    (b'{"prompt":"a","chosen":"b","rejected":"b"}\n', 'No pair was left.*equal completions'),
+    (b'', 'is empty'),
+    (b'\n\n', 'No pair was left')])
 def test_bad_input_is_named(tmp_path, content, said):
-    (tmp_path/'bad.jsonl').write_text(content)
-    with pytest.raises(ValueError, match=said): make_data(make_config(DataConfig, jsonl_path=str(tmp_path/'bad.jsonl'), root=str(tmp_path)))
+    (tmp_path/'bad.jsonl').write_bytes(content)
+    if content[:1] == b'[': (tmp_path/'bad.jsonl').rename(tmp_path/'bad.json')
+    with pytest.raises(ValueError, match=said) as error: read(tmp_path, jsonl_path=next(tmp_path.glob('bad.json*')))
+    assert 'bad.json' in str(error.value)
     assert not (tmp_path/'.cache/data/pairs_all.jsonl').exists()
 
-def test_turns_without_a_common_prompt_are_dropped():
-    a, b = '\n\nHuman: Hi\n\nAssistant: Yo', '\n\nHuman: Ho\n\nAssistant: Yo'
-    assert from_hh(dict(chosen=a, rejected=b)) == 'no common prompt'
+@pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.jsonl.zst', 'a.json.gz', 'a.parquet', 'a.json'])
+def test_a_truncated_file_is_named(tmp_path, name):
+    rows = [plain(i) for i in range(3000)]
+    if '.json' in name and 'jsonl' not in name:
+        with files.atomic(tmp_path/name) as file: json.dump(rows, file)
+    else: write(tmp_path/name, rows)
+    cut(tmp_path/name, -1000)
+    with pytest.raises(ValueError, match=f'{name}.* after |{name}, line 1: the list breaks after item 29') as error: read(tmp_path, jsonl_path=tmp_path/name, max_bad='10%')
+    assert 'fetch it again' in str(error.value)
+    assert not (tmp_path/'.cache/data/pairs_all.jsonl').exists()
+
+def test_paths_that_hold_nothing(tmp_path):
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(FileNotFoundError, match='No .jsonl, .json or .parquet file in'): read(tmp_path, only='hh', hh_path=tmp_path/'empty')
+    with pytest.raises(FileNotFoundError, match='nowhere'): read(tmp_path, only='hh', hh_path=tmp_path/'nowhere')
+    with pytest.raises(ValueError, match='--jsonl_path'): read(tmp_path, only='jsonl')
+    with pytest.raises(ValueError, match='No source is left'): read(tmp_path, hh=False, uf=False, se=False)
+
+def test_a_few_bad_rows_may_pass(tmp_path):
+    lines = [json.dumps(plain(i)).encode() for i in range(400)]
+    lines[7], lines[200] = b'{"prompt":', b'{"prompt":"a","chosen":"b"}'
+    (tmp_path/'a.jsonl').write_bytes(b'\n'.join(lines))
+    with pytest.raises(ValueError, match='line 8: not valid JSON.*--max_bad'): read(tmp_path/'x', jsonl_path=tmp_path/'a.jsonl')
+    with pytest.raises(ValueError, match='2 of 400 rows are bad, more than --max_bad=0.4'): read(tmp_path/'y', jsonl_path=tmp_path/'a.jsonl', max_bad='0.4%')
+    pairs, facts = read(tmp_path, jsonl_path=tmp_path/'a.jsonl', max_bad='0.5%')
+    assert (len(pairs), facts['bad']) == (398, 2)
+    noted = list(read_jsonl(tmp_path/'.cache/data/bad_rows.jsonl'))
+    assert [n['place'].split(', ')[1] for n in noted] == ['line 8', 'line 201'] and noted[0]['row'] == '{"prompt":'
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    write(tmp_path/'a.jsonl', [plain(0)])
+    read(tmp_path, jsonl_path=tmp_path/'a.jsonl')
+    before = (tmp_path/'.cache/data/pairs_all.jsonl').read_bytes()
+    write(tmp_path/'a.jsonl', [plain(0), plain(1)])
+    def full(handle): raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(files.os, 'fsync', full)
+    with pytest.raises(OSError, match='disk is full.*as it was before'): read(tmp_path, jsonl_path=tmp_path/'a.jsonl')
+    assert (tmp_path/'.cache/data/pairs_all.jsonl').read_bytes() == before
+
+def test_killed_while_writing(tmp_path):
+    write(tmp_path/'big.jsonl', [plain(i, chosen=f'Pike {i} '*200) for i in range(12_000)])
+    out = tmp_path/'.cache/data/pairs_all.jsonl'
+    out.parent.mkdir(parents=True)
+    out.write_text('the old file')
+    command = [sys.executable, '-m', 'densirl.cli', 'data', f'--jsonl_path={tmp_path/"big.jsonl"}', f'--root={tmp_path}']
+    for moment in (1, 12_000_000):
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while sum(f.stat().st_size for f in out.parent.glob('.pairs_all.jsonl.*')) < moment:
+            assert process.poll() is None, 'it ended before it could be killed'
+            time.sleep(.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert out.read_text() == 'the old file'
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+    assert sum(1 for _ in read_jsonl(out)) == 12_000
+    assert not list(out.parent.glob('.pairs_all*')), 'what the killed runs left is gone'

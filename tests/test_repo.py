@@ -10,8 +10,8 @@ BIN = Path(sys.executable).parent
 # Imports go strictly downward. The one place where the plan of DESIGN is drawn: change it here when the code wants it.
 FLOORS = dict(
     text=0, files=0, config=.5,
-    runs=1, launch=1, stats=1, sampler=1,
-    corpus=2, habits=2, embed=2.2, dist=2, models=2, logps=2, data=2.5,
+    runs=1, launch=1, stats=1, sampler=1, tally=1,
+    corpus=2, habits=2, embed=2.2, dist=2, models=2, logps=2, shapes=2, near=2, sources=2.2, data=2.5,
     density=3, rollout=3, objectives=3,
     trainer=4, sft=4.5,
     rm=5, rewards=5,
@@ -21,7 +21,7 @@ FLOORS = dict(
     cli=9, papermill_hook=9,
 )
 LIGHT = {'fastcore', 'numpy', 'scipy'}                    # all that floors 0 and 1 may import besides the standard library
-LIGHT_EXTRA = {'config': {'tyro'}}
+LIGHT_EXTRA = {'config': {'tyro'}, 'files': {'orjson', 'pyarrow'}}
 HEAVY = {'datasets', 'sentence_transformers', 'faiss', 'trl', 'matplotlib', 'sklearn'}  # only inside the function that needs them
 MACHINE_PATH = re.compile(r'(?<![\w.])/(?:home|root|work|tmp)/|site-packages')
 LARGEST_NOTEBOOK = 500_000                                # bytes
