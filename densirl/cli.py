@@ -49,13 +49,15 @@ def main()->None:
     "Run one stage"
     name,words = parse_stage([w for w in sys.argv[1:] if w!='--'])
     config,make = STAGES[name]
-    cfg = cli_config(config, words, f'densirl {name}')
-    try: make(cfg)
+    try:
+        cfg = cli_config(config, words, f'densirl {name}')
+        make(cfg)
+    except KeyboardInterrupt: sys.exit(f'densirl {name}: stopped')
     except Exception as error:
         if not is_ours(error) or os.environ.get('DENSIRL_TRACEBACK'): raise
         sys.exit(f'densirl {name}: {error}')
     finally: leave_ranks()
-    if int(os.environ.get('RANK', 0))==0: print(f'{name}: {cfg.outputs()[0]}')
+    if int(os.environ.get('RANK', 0))==0: print(f'{name}: {cfg.path(cfg.outputs()[0])}')
 
 # %% ../nbs/core/90_cli.ipynb #cell-9
 if __name__=='__main__' and '__file__' in globals(): main()

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Switch', 'where', 'StageConfig', 'science', 'digest', 'config_diff', 'coerce', 'field_types', 'make_config',
-           'hub_off', 'enter', 'plain_values', 'in_test', 'notebook_config', 'cli_config', 'config_flags', 'describe']
+           'hub_off', 'enter', 'plain_values', 'in_test', 'notebook_config', 'cli_config', 'config_flags',
+           'field_helps', 'describe']
 
 # %% ../nbs/core/02_config.ipynb #cell-2
 import difflib, hashlib, json, os, sys
+from importlib import import_module
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -118,7 +120,10 @@ def hub_off()->None:
 def enter(
     cfg:StageConfig, # Settings of a run
 ): # The same
-    "What every door does: only the full profile asks the hub"
+    "What every door does: refuse sizes below one, and let only the full profile ask the hub"
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if type(value) is int and value<1 and f.name not in ('seed','jobs'): raise ValueError(f'{f.name} is {value}; give a whole number from 1 up.')
     if cfg.profile!='full': hub_off()
     return cfg
 
@@ -169,10 +174,19 @@ def config_flags(
     return [flag(f.name, getattr(cfg, f.name)) for f in fields(cfg)]
 
 # %% ../nbs/core/02_config.ipynb #cell-32
+def field_helps(cls)->dict: # Field name → the comment beside it
+    "What the fields of a config class mean, inherited ones included"
+    helps = {}
+    for base in reversed(cls.__mro__[:-1]):
+        exported = getattr(import_module(f'densirl.{base.module or "config"}'), base.__name__, base) if base.__module__=='__main__' else base
+        helps.update({k:v for k,v in docments(exported).items() if v})
+    return helps
+
+# %% ../nbs/core/02_config.ipynb #cell-34
 def describe(
     cfg:StageConfig, # Settings of a run
 )->str: # A Markdown table
     "Each setting of `cfg` with its value and its meaning"
-    helps = docments(type(cfg))
-    rows = [f'| {f.name} | {getattr(cfg, f.name)} | {helps.get(f.name) or ""} |' for f in fields(cfg) if f.name not in ('root','force')]
+    helps = field_helps(type(cfg))
+    rows = [f'| {f.name} | {getattr(cfg, f.name)} | {helps.get(f.name, "")} |' for f in fields(cfg) if f.name not in ('root','force')]
     return '\n'.join(['| setting | value | meaning |', '|---|---|---|', *rows, '', f'digest `{digest(cfg)}`'])

@@ -196,8 +196,10 @@ def grouped(
     near:float, # Similarity from which prompts belong together
 )->list: # For each prompt, the id of the first of its group
     "Which prompts are nearly the same"
+    from tqdm import tqdm
     names = [p['id'] for p in prompts()]
-    return [names[i] for i in near_groups((p['prompt'] for p in prompts()), near)]
+    texts = tqdm((p['prompt'] for p in prompts()), desc='near-duplicates', unit=' prompts', total=len(names), mininterval=2, disable=None)
+    return [names[i] for i in near_groups(texts, near)]
 
 def group_records(
     prompts, # Records of `prompts_all.jsonl`, which have their `group` if one was looked for

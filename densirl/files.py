@@ -65,7 +65,7 @@ def remove_halves(
 )->None:
     "Remove what killed writers of `path` left behind"
     path = Path(path)
-    for half in path.parent.glob(f'.{path.name}.????????'): half.unlink()
+    for half in path.parent.glob(f'.{path.name}.????????'): half.is_file() and half.unlink()
 
 # %% ../nbs/core/01_files.ipynb #cell-16
 def write_json(

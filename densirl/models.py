@@ -138,8 +138,12 @@ def start_path(
     path:Path, # Where the folder would lie
     kind:str, # What a folder would be: a key of `densirl.files.WHAT`
 )->str: # What `from_pretrained` takes
-    "The hub name as it is, or the folder, which must exist"
-    return name if is_hub_name(name) else str(need(path, kind))
+    "The hub name as it is, if the hub knows it, or the folder, which must exist"
+    if not is_hub_name(name): return str(need(path, kind))
+    from transformers import AutoConfig
+    try: AutoConfig.from_pretrained(name)
+    except OSError as error: raise FileNotFoundError(f'{name} is no folder here, and the hub did not give it ({str(error).splitlines()[0]}); check the name, or give a folder.') from error
+    return name
 
 # %% ../nbs/core/24_models.ipynb #cell-20
 def load_tokenizer(
@@ -160,7 +164,10 @@ def load_policy(
 ): # A causal language model in evaluation mode
     "Load a causal language model without dropout"
     quiet_transformers()
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
+    kinds = AutoConfig.from_pretrained(folder).architectures or []
+    if any(k.endswith('ForSequenceClassification') for k in kinds):
+        raise ValueError(f'{folder} is a reward model ({kinds[0]}), not a policy; give an SFT run or another causal language model.')
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation='sdpa').to(device).eval()
 
 # %% ../nbs/core/24_models.ipynb #cell-21

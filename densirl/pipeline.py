@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'SHOWN', 'make_inputs', 'Step', 'RunConfig', 'plan', 'expected_tokens', 'gigaflops', 'expected_seconds',
-           'step_sizes', 'is_done', 'show_plan', 'Job', 'start', 'show_progress', 'finish', 'side_by_side_jobs',
-           'run_all', 'main']
+           'step_sizes', 'is_done', 'show_plan', 'Job', 'start', 'show_progress', 'last_words', 'finish',
+           'side_by_side_jobs', 'run_all', 'main']
 
 # %% ../nbs/core/91_pipeline.ipynb #cell-2
-import os, subprocess, sys, time
+import os, re, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -97,13 +97,16 @@ def expected_tokens(
     return 0,0
 
 def gigaflops(
-    seconds:float=.25, # Time to measure for
+    seconds:float=.5, # Time to measure for
 )->float: # Billions of operations a second, in fp32
-    "How fast this machine multiplies"
+    "How fast this machine multiplies at its best"
     a,b = torch.ones(512, 576),torch.ones(576, 1536)
-    count,began = 0,time.perf_counter()
-    while time.perf_counter()-began<seconds: a@b; count += 1
-    return 2*512*576*1536*count/(time.perf_counter()-began)/1e9
+    best,began = float('inf'),time.perf_counter()
+    while time.perf_counter()-began<seconds:
+        start = time.perf_counter()
+        for _ in range(10): a@b
+        best = min(best, (time.perf_counter()-start)/10)
+    return 2*512*576*1536/best/1e9
 
 def expected_seconds(
     cfg:StageConfig, # Settings of a stage
@@ -147,8 +150,8 @@ def show_plan(
         done = is_done(step, notebooks)
         seconds = 0. if done else sum(expected_seconds(c, speed) for c in step.configs[:1])
         total += seconds
-        print(f'{step.name:<29} {"done" if done else duration(seconds):>8}  {step_sizes(step)}')
-    print(f'about {duration(total)} minutes at {speed:.0f} GFLOP/s, one step at a time')
+        print(f'{step.name:<29} {"done" if done else duration(seconds):>8}  {step_sizes(step)}'.rstrip())
+    print(f'about {total/60:.0f} minutes at {speed:.0f} GFLOP/s, one step at a time; longer while other programs run')
 
 # %% ../nbs/core/91_pipeline.ipynb #cell-19
 @dataclass
@@ -198,7 +201,18 @@ def show_progress(
     bar = ('█'*(20*last['step']//last['of'])).ljust(20, '·')
     print(f'   {folder.name:<14} {bar} {last["step"]}/{last["of"]}  {text}  {duration(left)} left', flush=True)
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-22
+# %% ../nbs/core/91_pipeline.ipynb #cell-23
+def last_words(
+    log:str, # What a process printed
+    lines:int=15, # Lines to show where no error can be told
+)->str: # From the last line that begins with the name of an exception; otherwise the end
+    "What a process died of"
+    said = [line for line in re.sub(r'\x1b\[[0-9;]*m', '', log).splitlines() if line.strip()]
+    errors = [i for i,line in enumerate(said) if re.match(r'[A-Za-z_.]*(Error|Exception|Interrupt|Exit)(: |$)', line)]
+    found = said[errors[-1]:] if errors and len(said)-errors[-1]<=lines else said[-lines:]
+    return '\n'.join(found)
+
+# %% ../nbs/core/91_pipeline.ipynb #cell-25
 def finish(
     jobs:list, # Running steps
 )->None:
@@ -216,11 +230,10 @@ def finish(
     for job in failed or jobs:
         show_progress(job)
         if job.process.returncode:
-            tail = ''.join(job.log.read_text(errors='replace').splitlines(keepends=True)[-15:])
-            raise RuntimeError(f'{job.step.name} failed; the end of {job.log}:\n{tail}')
+            raise RuntimeError(f'{job.step.name} failed: {last_words(job.log.read_text(errors="replace"))}\nAll of it is in {job.log}')
         print(f'{job.step.name}: done in {duration(time.time()-job.began)}', flush=True)
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-24
+# %% ../nbs/core/91_pipeline.ipynb #cell-27
 def side_by_side_jobs(
     asked:int, # What the user said; 0 leaves it to us
     cores:int, # Cores of this machine
@@ -230,7 +243,7 @@ def side_by_side_jobs(
     "How many arms train side by side"
     return asked or (2 if cores>=2 and gigabytes>=12 and gpus==0 else 1)
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-25
+# %% ../nbs/core/91_pipeline.ipynb #cell-28
 def run_all(
     cfg:RunConfig, # Settings of the whole run
 )->None:
@@ -248,17 +261,19 @@ def run_all(
         steps = steps[len(now):]
         todo = [s for s in now if not is_done(s, notebooks)]
         for s in now:
-            print(f'{s.name}: '+(f'running ({step_sizes(s)})' if s in todo else 'up to date, skipped'), flush=True)
+            sizes = f' ({step_sizes(s)})' if step_sizes(s) else ''
+            print(f'{s.name}: '+(f'running{sizes}' if s in todo else 'up to date, skipped'), flush=True)
         finish([start(s, notebooks, max(1, cores//len(todo))) for s in todo])
     out = cfg.path('outs')
     print(f'finished in {duration(time.time()-began)}\nreport    {out/"report/report.html"}\nsummary   {out/"report/summary.json"}\nnotebooks {notebooks}')
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-26
+# %% ../nbs/core/91_pipeline.ipynb #cell-29
 def main()->None:
     "What `./run_all.sh` calls"
     cfg = cli_config(RunConfig, sys.argv[1:], './run_all.sh')
     try: run_all(cfg)
+    except KeyboardInterrupt: sys.exit('run_all: stopped; the same command goes on with the step that was running')
     except (FileNotFoundError, RuntimeError, ValueError) as error: sys.exit(f'run_all: {error}')
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-28
+# %% ../nbs/core/91_pipeline.ipynb #cell-31
 if __name__=='__main__' and '__file__' in globals(): main()

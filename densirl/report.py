@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'NAMES', 'LABELS', 'SAID', 'DEMO', 'plot_regions', 'plot_training', 'pick', 'describe_change',
-           'ReportConfig', 'check_demo', 'side_by_side', 'gather_summary', 'figure_data', 'render', 'make_report']
+           'describe_answer', 'ReportConfig', 'check_demo', 'side_by_side', 'gather_summary', 'figure_data', 'render',
+           'make_report']
 
 # %% ../nbs/core/80_report.ipynb #cell-2
 import base64, io
@@ -75,16 +76,26 @@ def pick(
 def describe_change(
     curves:list, # Records of `eval.json`
     last:int, # Last step
+    planted:bool=True, # Whether the opener was planted in the data, and is worth a word
 )->list: # Sentences
     "What changed from the first to the last evaluation, for each arm and region"
     said = []
     for arm in ('uniform','density'):
         for region in ('crowded','rare'):
             a,b = (pick(curves, arm=arm, step=s, region=region) for s in (0, last))
-            moved = [f"{name} went from {a[m]['mean']:.2f} to {b[m]['mean']:.2f}" for m,name in SAID.items()]
+            moved = [f"{name} went from {a[m]['mean']:.2f} to {b[m]['mean']:.2f}" for m,name in SAID.items() if planted or 'opener' not in name]
             where = f"{NAMES[arm].capitalize()} arm, {region} prompts ({a['diversity']['n']})"
-            said.append(f"{where}: {', '.join(moved)}, at a KL of {b['kl']['mean']:.1f} nats.")
+            said.append(f"{where}: {', '.join(moved)}, at a KL of {b['kl']['mean']:.2f} nats.")
     return said
+
+def describe_answer(
+    difference:dict, # Diversity of the density-aware less the uniform arm, all prompts: mean, low, high, n
+)->str: # A sentence
+    "What the last evaluation says about the question, and no more"
+    mean,low,high = (difference[k] for k in ('mean','low','high'))
+    found = 'more' if low>0 else 'less' if high<0 else 'neither more nor less, as far as can be seen,'
+    return (f"In this run the density-aware arm ended {found} diverse than the uniform arm: {mean:+.2f} [{low:+.2f}, {high:+.2f}] over "
+        f"{difference['n']} prompts, one seed, at equal steps and not at equal drift.")
 
 # %% ../nbs/core/80_report.ipynb #cell-12
 DEMO = dict(model='SmolLM2-135M-Instruct', embedder='all-MiniLM-L6-v2')
@@ -139,10 +150,13 @@ def gather_summary(
     facts = {k:r['facts'] for k,r in runs.items()}
     check_demo(dict(policy=facts['density']['model'], uniform_policy=facts['uniform']['model'], reward_model=facts['rm']['model'],
         embedder=read_manifest(cfg.path(cfg.density_path))['facts']['embedder']['name'], eval_embedder=facts['eval']['embedder']['name']), cfg.profile)
+    sources = read_manifest(cfg.path(cfg.pairs_path))['facts']
     used = dict(model=facts['uniform']['model'], embedder=facts['eval']['embedder']['name'], dtype=facts['uniform']['dtype'])
     return dict(kind='illustration', seeds=1, profile=cfg.profile, seed=runs['uniform']['config']['seed'], used=used,
-        sources=read_manifest(cfg.path(cfg.pairs_path))['facts'], reward_model=runs['rm']['facts'], factor=found['config_diff'],
-        said=describe_change(found['curves'], found['last_step']), draws=found['draws'], difference=found['difference'],
+        sources=sources, reward_model=runs['rm']['facts'], factor=found['config_diff'],
+        said=describe_change(found['curves'], found['last_step'], 'demo' in sources['sources']), draws=found['draws'], difference=found['difference'],
+        answer=describe_answer(pick(found['difference'], region='all')['diversity']), alpha={arm:facts[arm]['alpha'] for arm in ('density','uniform')},
+        ended=float(np.mean([pick(found['curves'], arm=arm, step=found['last_step'], region='all')['ended']['mean'] for arm in ('density','uniform')])),
         last_step=found['last_step'], curves=found['curves'],
         runs={k:dict(digest=r['digest'], code=r['code'], seconds=r['seconds']) for k,r in runs.items()},
         settings=runs['uniform']['config'], environment=runs['uniform']['environment'])
@@ -176,9 +190,11 @@ def make_report(
     with open_run(cfg) as run:
         summary = gather_summary(cfg)
         arms = dict(uniform=cfg.path(cfg.baseline_path), density=cfg.path(cfg.grpo_path))
-        figures = [('Over steps', plot_regions(summary['curves'], ('diversity','diversity_body','opener','reward'), 'step')),
-            ('Over KL from the reference', plot_regions(summary['curves'], ('diversity','diversity_body','opener','reward'), 'kl')),
-            ('While training', plot_training({arm:read_log(f) for arm,f in arms.items()}))]
+        planted = 'demo' in summary['sources']['sources']
+        metrics = ('diversity','diversity_body','opener','reward') if planted else ('diversity','reward')
+        figures = [('Over steps', plot_regions(summary['curves'], metrics, 'step')),
+            ('Over KL from the reference', plot_regions(summary['curves'], metrics, 'kl')),
+            ('While training', plot_training({arm:read_log(f) for arm,f in arms.items()}, ('reward','kl','entropy','opener' if planted else 'length')))]
         prompts = {p['id']:p['prompt'] for p in read_jsonl(cfg.path(cfg.prompts_path))}
         rows = side_by_side({arm:read_log(f, 'samples') for arm,f in arms.items()}, prompts)
         write_json(out/'summary.json', summary)

@@ -23,7 +23,7 @@ from .objectives import preference_loss
 from .runs import open_run
 from .sampler import epoch_batches, rank_slice
 from .sft import agreed_dtype, skip_stage
-from .stats import mean_interval
+from .stats import mean_interval, share_interval
 from .trainer import Progress, make_optimizer, optimizer_step
 
 # %% ../nbs/02_rm.ipynb #cell-10
@@ -67,7 +67,7 @@ def judge_accuracy(
     margins:np.ndarray, # Reward of chosen less reward of rejected, one per pair
 )->dict: # mean, low, high, n
     "Share of pairs that are ordered as people ordered them, ties counting half"
-    return mean_interval((np.sign(margins)+1)/2)
+    return share_interval((np.sign(margins)+1)/2)
 
 def length_margins(
     pairs:list, # Records of `pairs_all.jsonl`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE_DATA', 'module_imports', 'code_hash', 'is_file_name', 'manifest_path', 'content_hashes', 'read_manifest',
-           'input_hash', 'run_key', 'up_to_date', 'Run', 'environment', 'open_run', 'read_log']
+           'input_hash', 'run_key', 'up_to_date', 'Run', 'environment', 'make_room', 'open_run', 'read_log']
 
 # %% ../nbs/core/10_runs.ipynb #cell-2
 import ast, importlib.metadata, json, platform, shutil, time
@@ -124,6 +124,19 @@ def environment()->dict: # Names and versions
     versions = {p:importlib.metadata.version(p) for p in packages}
     return dict(densirl=densirl.__version__, python=platform.python_version(), machine=platform.machine(), system=platform.system(), **versions)
 
+def make_room(
+    out:Path, # Run folder of a stage that is about to run
+    stage:str, # Name of the stage
+)->None:
+    "Clear what an earlier run of the stage left; a run that was complete is kept beside it, one generation"
+    known,kept = read_manifest(out),Path(out).parent/f'.{Path(out).name}.kept'
+    if known.get('stage')!=stage: return
+    if known['status']=='complete':
+        if kept.exists(): shutil.rmtree(kept)
+        Path(out).rename(kept)
+        print(f'{out} held a complete run of profile {known.get("profile")} ({known["digest"]}); it is kept as {kept.name}', flush=True)
+    else: shutil.rmtree(out)
+
 @contextmanager
 def open_run(
     cfg:StageConfig, # Settings of the run
@@ -136,8 +149,8 @@ def open_run(
     if not main:
         yield run
         return
-    manifest = dict(run_key(cfg), status='running', environment=environment())
-    if not is_file_name(out) and read_manifest(out).get('stage')==cfg.stage: shutil.rmtree(out)
+    manifest = dict(run_key(cfg), profile=cfg.profile, status='running', environment=environment())
+    if not is_file_name(out): make_room(out, cfg.stage)
     run.folder.mkdir(parents=True, exist_ok=True)
     for file in outputs: remove_halves(file)
     write_json(manifest_path(out), manifest)

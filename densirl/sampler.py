@@ -36,7 +36,7 @@ def solve_alpha(
     highest:float=10., # Largest exponent to consider
 )->float: # The exponent, `highest` when even that stays above the share
     "The smallest exponent at or above 0 whose weights have the wanted effective share"
-    if not 0<share<=1: raise ValueError(f'share is {share}; give a number above 0 and at most 1.')
+    if not 0<share<=1: raise ValueError(f'effective is {share}; give a share of the prompts, above 0 and at most 1.')
     gap = lambda alpha: effective_share(sampling_weights(log_density, alpha))-share
     if gap(0.)<=0: return 0.
     return highest if gap(highest)>0 else float(brentq(gap, 0., highest, xtol=1e-10))
