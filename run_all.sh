@@ -18,7 +18,8 @@ whole experiment: data, density, SFT, reward model, GRPO with and without densit
   --only hh|uf|se           one set: HH-RLHF, UltraFeedback or Stack Exchange
   --hh_path PATH  --uf_path PATH  --se_path PATH
                             a local copy of that set instead of a download
-  --jsonl_path PATH         your own pairs: {"prompt", "chosen", "rejected"}, one a line
+  --jsonl_path PATH         your own pairs: prompt, chosen, rejected as texts or messages,
+                            transcripts, or ShareGPT; .jsonl, .json or .parquet
   --dry_run                 say stages, sizes and expected time; run nothing
   --force                   rerun stages that are complete
   --jobs N                  arms side by side
@@ -30,6 +31,7 @@ Results:
   outs/report/report.html   the comparison, with figures
   outs/report/summary.json  its numbers
   outs/notebooks/           the notebooks as they ran
+  outs/.grpo.kept           what outs/grpo held before, if it was complete
 
 Environment: PYTHON (which Python, 3.11 or newer), VENV (default .venv),
 NB_WORKERS (notebooks tested side by side, default 2).

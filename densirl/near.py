@@ -6,7 +6,7 @@
 __all__ = ['WIDTH', 'MULTIPLIERS', 'PERMUTATIONS', 'shingles', 'similarity', 'signature', 'band_rows', 'find', 'near_groups']
 
 # %% ../nbs/core/28_near.ipynb #cell-2
-import math, tempfile
+import tempfile
 import numpy as np
 from .text import normalise
 
@@ -45,7 +45,7 @@ def signature(
 def band_rows(
     threshold:float, # Similarity from which a pair shall be found
 )->int: # Numbers in a band
-    "The longest bands with which a pair at the threshold is found 99 times in 100"
+    "The longest bands with which a pair at the threshold is looked at 99 times in 100"
     found = lambda rows: 1-(1-threshold**rows)**(PERMUTATIONS//rows)
     return max((rows for rows in range(1, PERMUTATIONS+1) if found(rows)>=.99), default=1)
 
@@ -63,10 +63,11 @@ def find(
 def near_groups(
     prompts, # Iterable of texts
     threshold:float=.8, # Jaccard similarity from which two belong together, above 0 and at most 1
+    folder:str='', # Where the temporary file goes; empty is the system's place
 )->np.ndarray: # For each prompt, the position of the first of its group; its own if it is alone or first
     "Group prompts that are nearly the same"
     if not 0<threshold<=1: raise ValueError(f'near is {threshold}; give a similarity above 0 and up to 1, such as 0.8.')
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile(dir=folder or None) as file:
         for text in prompts: file.write(signature(text).tobytes())
         count,rows = file.tell()//(4*PERMUTATIONS),band_rows(threshold)
         leader = np.arange(count)

@@ -41,7 +41,7 @@ def is_file_name(
     out:Path, # First output of a stage
 )->bool: # Whether it is a file; a run folder may have a dot in its name
     "Does a stage write a file here, or a run folder?"
-    return Path(out).suffix in ('.jsonl','.parquet','.gz','.zst')
+    return Path(out).suffix in ('.json','.jsonl','.parquet','.gz','.zst')
 
 def manifest_path(
     out:Path, # Run folder, or the first file a stage writes
@@ -153,7 +153,7 @@ def open_run(
     if not is_file_name(out): make_room(out, cfg.stage)
     run.folder.mkdir(parents=True, exist_ok=True)
     for file in outputs: remove_halves(file)
-    write_json(manifest_path(out), manifest)
+    if not is_file_name(out): write_json(manifest_path(out), manifest)
     yield run
     write_json(manifest_path(out), dict(manifest, facts=run.facts, outputs=content_hashes(outputs), seconds=round(time.time()-began, 1), status='complete'))
 

@@ -57,6 +57,7 @@ def list_of(
     key:str, # Its field
 )->list: # The dicts in it
     "A field that must be a list of objects"
+    if not isinstance(row, dict): raise ValueError(f'not an object but {type(row).__name__}')
     if key not in row: raise ValueError(f'no field {key!r}, only {", ".join(map(repr, sorted(row)))}')
     if not isinstance(row[key], list) or not all(isinstance(m, dict) for m in row[key]):
         raise ValueError(f'{key!r} is not a list of objects but {type(row[key]).__name__}')
@@ -70,13 +71,15 @@ def messages_of(
     return [dict(role=text_of(m, 'role'), content=text_of(m, 'content')) for m in list_of(row, key)]
 
 # %% ../nbs/core/26_shapes.ipynb #cell-14
-SHAPE = {'id','prompt','prompt_id','chosen','rejected','src','messages','meta','conversations','system','tools'}
+SHAPE = {'id','prompt','prompt_id','chosen','rejected','src','messages','meta','conversations','system'}
 
 def rest_of(
     row:dict, # A row
 )->dict: # {} or {"meta": …}
     "The fields of a row that are not the pair itself"
-    meta = {**{k:v for k,v in row.items() if k not in SHAPE and v is not None}, **(row.get('meta') or {})}
+    known = row.get('meta') or {}
+    if not isinstance(known, dict): raise ValueError(f"'meta' is not an object but {type(known).__name__}")
+    meta = {k:v for k,v in row.items() if k not in SHAPE and v is not None}|known
     return dict(meta=meta) if meta else {}
 
 def from_hh(
@@ -97,9 +100,13 @@ def from_texts(
     row:dict, # With prompt, chosen and rejected
 ): # A pair
     "A pair from three texts, as TRL's plain form and our own files have them"
+    pair = {k:text_of(row, k) for k in ('prompt','chosen','rejected')}
     kept = dict(src=text_of(row, 'src')) if row.get('src') else {}
     if row.get('messages'): kept['messages'] = messages_of(row, 'messages')
-    return dict({k:text_of(row, k) for k in ('prompt','chosen','rejected')}, **kept, **rest_of(row))
+    elif row.get('system'):
+        kept['messages'] = [dict(role='system', content=text_of(row, 'system')), dict(role='user', content=pair['prompt'])]
+        pair['prompt'] = readable(kept['messages'])
+    return pair | kept | rest_of(row)
 
 # %% ../nbs/core/26_shapes.ipynb #cell-15
 def from_sharegpt(
@@ -113,7 +120,7 @@ def from_sharegpt(
         return dict(role=roles[who], content=text_of(m, 'value'))
     for key in ('chosen','rejected'):
         if not isinstance(row.get(key), dict): raise ValueError(f'{key!r} is not a message but {type(row.get(key)).__name__}')
-    system = [dict(role='system', content=row['system'])] if row.get('system') else []
+    system = [dict(role='system', content=text_of(row, 'system'))] if row.get('system') else []
     before = system+[message(m) for m in list_of(row, 'conversations')]
     pair = pair_of_chats(before+[message(row['chosen'])], before+[message(row['rejected'])])
     return pair if isinstance(pair, str) else pair | rest_of(row)
@@ -135,8 +142,13 @@ def markdown(
     html:str, # As Stack Exchange publishes it
 )->str: # The same as Markdown, with code, lists and links
     "Turn HTML into the text that its author may have typed"
-    from markdownify import markdownify
-    try: return markdownify(html, heading_style='ATX', bullets='-', escape_asterisks=False, escape_underscores=False).strip('\n')
+    from markdownify import MarkdownConverter
+    def fenced(element, code, parent_tags):
+        body,fence = code.strip('\n'),'`'*max([3, *(len(run)+1 for run in re.findall('`{3,}', code))])
+        return f'\n\n{fence}\n{body}\n{fence}\n\n'
+    converter = MarkdownConverter(heading_style='ATX', bullets='-', escape_asterisks=False, escape_underscores=False, sup_symbol='<sup>', sub_symbol='<sub>')
+    converter.convert_pre = fenced
+    try: return converter.convert(html).strip('\n')
     except RecursionError as error: raise ValueError('the HTML is nested too deeply to be read') from error
 
 def from_answers(

@@ -7,6 +7,7 @@ __all__ = ['as_key', 'Tally']
 
 # %% ../nbs/core/14_tally.ipynb #cell-2
 import sqlite3
+from fastcore.basics import patch
 
 # %% ../nbs/core/14_tally.ipynb #cell-5
 def as_key(
@@ -22,55 +23,60 @@ class Tally:
     def __init__(self,
         names:int=500_000, # Names to keep in memory, 200 bytes each
     ):
-        self.names,self.sources,self.recent,self.table = names,{},{},None
-
-    def store(self)->None:
-        "Move what is in memory to the table"
-        if not self.table:
-            self.table = sqlite3.connect('', isolation_level=None)
-            self.table.executescript('PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-65536;'
-                'CREATE TABLE seen (name INTEGER PRIMARY KEY, count INTEGER, sources INTEGER); BEGIN')
-        self.table.executemany('INSERT OR REPLACE INTO seen VALUES (?,?,?)', ((name,*known) for name,known in self.recent.items()))
-        self.recent.clear()
-
-    def stored(self, name:int)->tuple:
-        "Count and sources of a name that is not in memory"
-        if not self.table: return 0,0
-        return self.table.execute('SELECT count, sources FROM seen WHERE name=?', (name,)).fetchone() or (0,0)
+        self.names,self.recent,self.table = names,{},None
+        self.sets,self.numbers,self.mentions = [frozenset()],{frozenset():0},{}
 
     def add(self,
         name:str, # Prompt id or pair id
         source:str='', # Where it was seen
     )->int: # How often it was seen so far, this time included
         "Count `name` once more"
-        mentions,bit = self.sources.setdefault(source, (0,1<<len(self.sources)))
-        self.sources[source] = mentions+1,bit
+        self.mentions[source] = self.mentions.get(source, 0)+1
         key = as_key(name)
-        count,bits = self.recent.get(key) or self.stored(key)
-        self.recent[key] = count+1,bits|bit
+        count,number = self.recent.get(key) or self.stored(key)
+        if source not in self.sets[number]: number = self.number_of(self.sets[number]|{source})
+        self.recent[key] = count+1,number
         if len(self.recent)>=self.names: self.store()
         return count+1
 
     def look_up(self,
         name:str, # A name that was added
-    )->tuple: # Its count and the list of its sources
+    )->tuple: # Its count and the sorted list of its sources
         "What is known of `name`"
-        count,bits = self.recent.get(as_key(name)) or self.stored(as_key(name))
-        return count,self.names_of(bits)
+        count,number = self.recent.get(as_key(name)) or self.stored(as_key(name))
+        return count,sorted(self.sets[number])
 
-    def names_of(self, bits:int)->list:
-        "The sources that a bit field stands for"
-        return [source for source,(_,bit) in self.sources.items() if bits&bit]
+# %% ../nbs/core/14_tally.ipynb #cell-9
+@patch
+def number_of(self:Tally, sources:frozenset)->int: # Position in `sets`
+    "The number that stands for a set of sources"
+    if sources not in self.numbers:
+        self.numbers[sources] = len(self.sets)
+        self.sets.append(sources)
+    return self.numbers[sources]
 
-    def mentions(self)->dict: # Source → number
-        "How often a name was added from each source"
-        return {source:count for source,(count,_) in self.sources.items()}
+@patch
+def stored(self:Tally, key:int)->tuple: # Count and number of the set of sources; zeros for a new name
+    "What the table knows of a name that is not in memory"
+    if not self.table: return 0,0
+    return self.table.execute('SELECT count, sources FROM seen WHERE name=?', (key,)).fetchone() or (0,0)
 
-    def overlap(self)->dict: # Source → source → names seen in both; on the diagonal, in that source
-        "How many names each two sources share"
-        self.store()
-        table = {a:{b:0 for b in self.sources} for a in self.sources}
-        for bits,count in self.table.execute('SELECT sources, COUNT(*) FROM seen GROUP BY sources'):
-            for a in self.names_of(bits):
-                for b in self.names_of(bits): table[a][b] += count
-        return table
+@patch
+def store(self:Tally)->None:
+    "Move what is in memory to the table"
+    if not self.table:
+        self.table = sqlite3.connect('', isolation_level=None)
+        self.table.executescript('PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-65536;'
+            'CREATE TABLE seen (name INTEGER PRIMARY KEY, count INTEGER, sources INTEGER); BEGIN')
+    self.table.executemany('INSERT OR REPLACE INTO seen VALUES (?,?,?)', ((key,*known) for key,known in self.recent.items()))
+    self.recent.clear()
+
+@patch
+def overlap(self:Tally)->dict: # Source → source → names seen in both; on the diagonal, in that source
+    "How many names each two sources share"
+    self.store()
+    table = {a:{b:0 for b in self.mentions} for a in self.mentions}
+    for number,count in self.table.execute('SELECT sources, COUNT(*) FROM seen GROUP BY sources'):
+        for a in self.sets[number]:
+            for b in self.sets[number]: table[a][b] += count
+    return table

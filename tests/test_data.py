@@ -1,11 +1,13 @@
 """The corpus whose truth is known, and real files in the published formats."""
-import errno, gzip, json, os, random, signal, subprocess, sys, time
+import errno, gzip, json, random, signal, subprocess, sys, time
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from types import SimpleNamespace
 from hypothesis import given, settings, strategies as st
 
 from densirl.config import make_config
@@ -13,7 +15,7 @@ from densirl.corpus import OPENERS, make_corpus
 from densirl.data import DataConfig, PromptsConfig, distinct_prompts, make_data, make_prompts, read_folds, select_pairs
 from densirl.density import log_density, nearest_neighbours
 from densirl.embed import embed_texts
-from densirl import files
+from densirl import files, sources
 from densirl.files import read_jsonl, write_jsonl
 from densirl.habits import has_opener
 from densirl.runs import read_manifest
@@ -28,8 +30,8 @@ def test_planted_opener_is_what_the_habit_counts():
         for key in ('chosen', 'rejected'): assert has_opener(pair[key]) == pair['meta'][f'opener_{key}']
 
 def test_rare_prompts_weigh_more_on_real_embeddings():
-    lines = [outcome(pair, 'demo', 'pair')[-1] for pair in make_corpus(800)]
-    prompts = list(distinct_prompts(enumerate(lines, 1), Tally()))
+    lines = [('demo', outcome(pair, 'demo')[-1]) for pair in make_corpus(800)]
+    prompts = list(distinct_prompts(lines, Tally()))
     distances, indices = nearest_neighbours(embed_texts([p['prompt'] for p in prompts]))
     density = log_density(distances, indices, np.array([p['count'] for p in prompts]))
     tail = np.array([p['meta']['region'] == 'tail' for p in prompts])
@@ -91,10 +93,13 @@ def test_real_hh_rlhf(tmp_path, shared):
 
 def test_a_sample_is_fair_and_repeatable(tmp_path, shared):
     whole, _ = read(tmp_path/'all', only='hh', hh_path=shared/'hh-rlhf')
-    some, _ = read(tmp_path/'some', only='hh', hh_path=shared/'hh-rlhf', max_hh=500)
+    some, facts = read(tmp_path/'some', only='hh', hh_path=shared/'hh-rlhf', max_hh=500)
+    assert facts['pairs']+sum(facts['dropped'].values()) == facts['rows'] == 2312 and facts['dropped']['hh: not drawn'] == 1812
     place = {p['id']: i for i, p in enumerate(whole)}
     where = np.array([place[p['id']] for p in some])
-    assert 480 < len(some) <= 500 and 450 < len(whole)/2-abs(np.median(where)-len(whole)/2)
+    assert 480 < len(some) <= 500
+    quarters = np.bincount(4*where//len(whole), minlength=4)
+    assert (abs(quarters-len(some)/4) < 40).all(), 'four standard errors of a fair sample'
     assert read(tmp_path/'again', only='hh', hh_path=shared/'hh-rlhf', max_hh=500)[0] == some
     assert read(tmp_path/'other', only='hh', hh_path=shared/'hh-rlhf', max_hh=500, seed=1)[0] != some
 
@@ -139,7 +144,8 @@ def test_stack_exchange(tmp_path, name):
     assert meta['source'] == ['https://ai.stackexchange.com/q/0']
     every, _ = read(tmp_path/'all', only='se', se_path=tmp_path/'se', se_pairs='all', se_sites='cooking.stackexchange.com')
     assert len(every) == 60 and {p['meta']['source'][0].split('/')[2] for p in every} == {'cooking.stackexchange.com'}
-    some, _ = read(tmp_path/'some', only='se', se_path=tmp_path/'se', max_se=10)
+    some, facts = read(tmp_path/'some', only='se', se_path=tmp_path/'se', max_se=10)
+    assert facts['pairs']+sum(facts['dropped'].values()) == facts['rows'] == 42
     assert len(some) == 10 and len({p['meta']['source'][0].split('/')[2] for p in some}) == 2
     with pytest.raises(FileNotFoundError, match='No folder ai.stackexchange.org'): read(tmp_path/'x', only='se', se_path=tmp_path/'se', se_sites='ai.stackexchange.org')
 
@@ -153,7 +159,7 @@ def hub(tmp_path, monkeypatch):
     for site in ('ai.stackexchange.com', 'cooking.stackexchange.com'):
         write(tmp_path/f'hub/data/{site}/train-0.parquet', [se_row(i, site=site) for i in range(400)])
     load, shard, calls = datasets.load_dataset, datasets.IterableDataset.shard, dict(fail_at=0, shards=0)
-    def fake(repository, split, streaming=False, data_files={}):
+    def fake(repository, split, revision, streaming=False, data_files={}):
         files = {'Anthropic/hh-rlhf': ('json', 'hh.jsonl'), 'HuggingFaceH4/ultrafeedback_binarized': ('parquet', 'uf.parquet'),
             'HuggingFaceH4/stack-exchange-preferences': ('parquet', 'data/*/*.parquet')}
         kind, name = files[repository]
@@ -166,11 +172,13 @@ def hub(tmp_path, monkeypatch):
         return shard(self, *args, **kwargs)
     monkeypatch.setattr(datasets, 'load_dataset', fake)
     monkeypatch.setattr(datasets.IterableDataset, 'shard', counted)
+    monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', lambda self, name: SimpleNamespace(sha='0'*40))
     return calls
 
 def test_three_sets_from_the_hub(tmp_path, hub):
     pairs, facts = read(tmp_path, max_se=100, max_uf=20)
-    assert facts['sources'] == dict(hh=30, uf=20, se=100)
+    assert facts['sources'] == dict(hh=30, uf=20, se=100) and facts['se_revision'] == '0'*40
+    assert facts['pairs']+sum(facts['dropped'].values()) == facts['rows']
     sites = [p['meta']['source'][0].split('/')[2] for p in pairs if p['src'] == 'se']
     assert 15 < sites.count('ai.stackexchange.com') < 85
     assert not (tmp_path/'.cache/data/se_parts').exists() or not list((tmp_path/'.cache/data/se_parts').iterdir())
@@ -181,7 +189,7 @@ def test_an_interrupted_download_goes_on(tmp_path, hub):
     with pytest.raises(ConnectionError, match='row group 6 of at most 16.*run the same command again'): read(tmp_path/'cut', only='se', max_se=300)
     assert not (tmp_path/'cut/.cache/data/pairs_all.jsonl').exists()
     hub.update(shards=0, fail_at=0)
-    again, _ = read(tmp_path/'cut', only='se', max_se=300)
+    again, _ = read(tmp_path/'cut', only='se', max_se=300, max_bad='1%', dedup='prompt')
     assert again == whole
     rest = hub['shards']
     hub['shards'] = 0
@@ -193,8 +201,9 @@ def test_sites_are_chosen_on_the_hub(tmp_path, hub):
     assert len(pairs) == 400 and all('cooking' in p['prompt'] for p in pairs)
 
 def test_a_hub_out_of_reach_says_how_to_go_on(tmp_path, monkeypatch):
-    def nowhere(*args, **kwargs): raise OSError('Name or service not known')
+    def nowhere(*args, **kwargs): raise TimeoutError()
     monkeypatch.setattr(datasets, 'load_dataset', nowhere)
+    monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', nowhere)
     for name in ('hh', 'uf', 'se'):
         with pytest.raises(ConnectionError, match=f'cannot be read from the hub.*--{name}_path.*--no-{name}'): read(tmp_path, only=name)
 
@@ -218,10 +227,11 @@ def test_hostile_strings_survive(tmp_path_factory, texts):
 
 @pytest.mark.parametrize('said', ['A list:\n\n- one\u2028\n- two\r\n\tcode  with  blanks — “quotes”', 'x'*2**20, 'a\x00b\x1f\x7f\x85\ufeff\u202e', 'half \ud83d', '\u0130İ ﬁ e\u0301'],
     ids=['layout', 'megabyte', 'control', 'surrogate', 'unicode'])
-@pytest.mark.parametrize('suffix', ['', '.gz', '.zst'])
-def test_text_is_not_damaged(tmp_path, said, suffix):
-    write_jsonl(tmp_path/f'p.jsonl{suffix}', [dict(prompt='  Why?\n', chosen=said, rejected='No.')])
-    pairs, _ = read(tmp_path, jsonl_path=tmp_path/f'p.jsonl{suffix}', pairs_path=f'out/pairs.jsonl{suffix}')
+@pytest.mark.parametrize('name', ['p.jsonl', 'p.jsonl.gz', 'p.jsonl.zst', 'p.json', 'p.json.gz'])
+def test_text_is_not_damaged(tmp_path, said, name):
+    row = dict(prompt='  Why?\n', chosen=said, rejected='No.')
+    with files.atomic(tmp_path/name) as file: file.write(json.dumps(row) if 'jsonl' in name else json.dumps([row], indent=1))
+    pairs, _ = read(tmp_path, jsonl_path=tmp_path/name, pairs_path='out/'+name.replace('jsonl', 'json').replace('json', 'jsonl'))
     assert (pairs[0]['prompt'], pairs[0]['chosen']) == ('  Why?\n', said)
 
 # -- duplicates and folds
@@ -240,6 +250,8 @@ def test_sources_share_prompts(tmp_path):
     write(tmp_path/'u.jsonl', [uf_row(i) for i in range(3, 10)])
     read(tmp_path, hh_path=tmp_path/'h.jsonl', uf_path=tmp_path/'u.jsonl', se=False)
     prompts = prompts_of(tmp_path)
+    _, facts = read(tmp_path/'once', hh_path=tmp_path/'h.jsonl', uf_path=tmp_path/'u.jsonl', se=False, dedup='prompt')
+    assert facts['prompts_shared']['hh']['uf'] == 2, 'what is dropped was there before'
     assert json.loads((tmp_path/'.cache/data/stats.json').read_text())['prompts_shared'] == dict(hh=dict(hh=5, uf=2), uf=dict(hh=2, uf=7))
     assert [p['sources'] for p in prompts if 'sources' in p] == [['hh', 'uf']]*2
     assert 'pairs: 12' in (tmp_path/'.cache/data/stats.txt').read_text()
@@ -278,6 +290,10 @@ def cut(path, keep):
     (b'{"prompt":"a","chosen":["b"],"rejected":["c"]}\n', "line 1: 'chosen' is not a list of objects"),
     (b'{"prompt":"a","chosen":"b","rejected":"c","messages":"d"}\n', "line 1: 'messages' is not a list of objects"),
     (b'[1]\n', 'item 1: not an object but int'),
+    (b'{"prompt":"a","chosen":"b","rejected":"c","meta":"x"}\n', "line 1: 'meta' is not an object"),
+    (b'[{"prompt":"a","chosen":"b"\n"rejected":"c"}]', 'line 2: the list breaks after item 0'),
+    (b'{"conversations":[],"chosen":{"from":"gpt","value":"a"},"rejected":{"from":"gpt","value":"b"},"system":5}', "line 1: 'system' is not a text"),
+    (b'['*100_000, 'nested too deeply|breaks after item 0'),
     (b'"text"\n', 'line 1: not an object but str'),
     (b'{"prompt":"a","chosen":"b","rejected":"b"}\n', 'No pair was left.*equal completions'),
     (b'', 'is empty'),
@@ -307,7 +323,10 @@ def test_paths_that_hold_nothing(tmp_path):
     with pytest.raises(ValueError, match='--jsonl_path'): read(tmp_path, only='jsonl')
     with pytest.raises(ValueError, match='No source is left'): read(tmp_path, hh=False, uf=False, se=False)
 
-def test_a_few_bad_rows_may_pass(tmp_path):
+@pytest.mark.parametrize('rows', [500, 5], ids=['one process', 'two processes'])
+def test_a_few_bad_rows_may_pass(tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(sources, 'ROWS', rows)
+    monkeypatch.setattr('densirl.data.cpu_cores', lambda: 2)
     lines = [json.dumps(plain(i)).encode() for i in range(400)]
     lines[7], lines[200] = b'{"prompt":', b'{"prompt":"a","chosen":"b"}'
     (tmp_path/'a.jsonl').write_bytes(b'\n'.join(lines))
@@ -317,6 +336,36 @@ def test_a_few_bad_rows_may_pass(tmp_path):
     assert (len(pairs), facts['bad']) == (398, 2)
     noted = list(read_jsonl(tmp_path/'.cache/data/bad_rows.jsonl'))
     assert [n['place'].split(', ')[1] for n in noted] == ['line 8', 'line 201'] and noted[0]['row'] == '{"prompt":'
+    assert len(list(read_jsonl(tmp_path/'y/.cache/data/bad_rows.jsonl'))) == 2, 'listed although there are too many'
+
+def test_bad_rows_are_counted_among_those_that_were_read(tmp_path):
+    rows = [json.dumps(uf_row(i)).encode() if i%20 else b'{' for i in range(2000)]
+    (tmp_path/'u.jsonl').write_bytes(b'\n'.join(rows))
+    with pytest.raises(ValueError, match='of 100 rows are bad'): read(tmp_path, only='uf', uf_path=tmp_path/'u.jsonl', max_uf=100, max_bad='1%')
+
+def test_one_process_or_two_write_the_same(tmp_path, monkeypatch):
+    write(tmp_path/'a.jsonl', [plain(i%90) for i in range(100)])
+    made = {}
+    for rows in (500, 5):
+        monkeypatch.setattr(sources, 'ROWS', rows)
+        monkeypatch.setattr('densirl.data.cpu_cores', lambda: 2)
+        read(tmp_path/str(rows), jsonl_path=tmp_path/'a.jsonl')
+        prompts_of(tmp_path/str(rows))
+        made[rows] = [(tmp_path/str(rows)/'.cache/data'/n).read_bytes() for n in ('pairs_all.jsonl', 'prompts_all.jsonl', 'prompt_id_map.tsv')]
+    assert made[500] == made[5]
+
+def test_a_failed_run_leaves_the_old_file_usable(tmp_path):
+    write(tmp_path/'a.jsonl', [plain(i) for i in range(9)])
+    read(tmp_path, jsonl_path=tmp_path/'a.jsonl')
+    (tmp_path/'bad.jsonl').write_text('{')
+    with pytest.raises(ValueError, match='line 1'): read(tmp_path, jsonl_path=tmp_path/'bad.jsonl')
+    assert len(prompts_of(tmp_path)) == 9
+
+def test_a_broken_pairs_file_is_named(tmp_path):
+    (tmp_path/'p.jsonl').write_text(json.dumps(dict(plain(0), id='x', src='mine'))+'\n{"prompt":\n')
+    with pytest.raises(ValueError, match='p.jsonl, line 2: not valid JSON'): prompts_of(tmp_path, pairs_path=str(tmp_path/'p.jsonl'))
+    (tmp_path/'p.jsonl').write_text(json.dumps(dict(plain(0), id='x', src='mine'))+'\n')
+    assert prompts_of(tmp_path, pairs_path=str(tmp_path/'p.jsonl'))[0]['id'] == prompt_id(plain(0)['prompt'])
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     write(tmp_path/'a.jsonl', [plain(0)])

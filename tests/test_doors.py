@@ -1,11 +1,13 @@
 """Three doors, one config; and what is said when something is missing or misspelt."""
-import json, os, subprocess, sys
+import dataclasses, json, os, subprocess, sys
 
 import nbformat, pytest
 
 from conftest import ROOT, densirl as call
-from densirl.config import cli_config, digest, make_config, notebook_config, plain_values
+from densirl import pipeline
+from densirl.config import cli_config, digest, field_helps, make_config, notebook_config, plain_values
 from densirl.grpo import GrpoConfig
+from densirl.models import load_policy, start_path
 from densirl.rm import RmConfig
 from densirl.sft import SftConfig
 
@@ -63,3 +65,22 @@ def test_papermill_reads_false_as_false(tmp_path):
 def test_papermill_refuses_an_unknown_parameter(tmp_path):
     code, said = papermill(tmp_path, '-p', 'densty_aware', 'False')
     assert code != 0 and 'nearest is density_aware' in said
+
+def test_every_setting_is_explained():
+    for config, _ in pipeline.STAGES.values(): assert set(field_helps(config)) >= {f.name for f in dataclasses.fields(config)}, config
+
+@pytest.mark.parametrize('words,said', [(['--max_steps', '0'], 'max_steps is 0'), (['--group_size=-4'], 'group_size is -4')])
+def test_sizes_begin_at_one(words, said):
+    with pytest.raises(ValueError, match=said): cli_config(GrpoConfig, words, 'densirl grpo')
+
+def test_a_reward_model_is_no_policy(tiny_run):
+    with pytest.raises(ValueError, match='is a reward model .* not a policy'): load_policy(str(tiny_run/'outs/rm'))
+
+def test_a_hub_name_out_of_reach_is_one_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match='nobody/nothing is no folder here, and the hub did not give it'): start_path('nobody/nothing', tmp_path/'x', 'sft')
+
+def test_stopping_by_hand_is_no_traceback(monkeypatch):
+    def stop(cfg): raise KeyboardInterrupt
+    monkeypatch.setattr(pipeline, 'run_all', stop)
+    monkeypatch.setattr(sys, 'argv', ['run_all', '--profile', 'test'])
+    with pytest.raises(SystemExit, match='stopped; the same command goes on'): pipeline.main()
