@@ -120,7 +120,7 @@ def make_outcomes(
     "What becomes of each row of every source that is asked for"
     every,sites = cfg.se_pairs=='all',tuple(s.strip() for s in cfg.se_sites.split(',') if s.strip())
     for name,path in cfg.paths().items():
-        if name=='demo': found = (outcome(p, 'demo') for p in make_corpus(cfg.demo_pairs, cfg.seed, cfg.plant))
+        if name=='demo': found = chain((outcome(p, 'demo') for p in make_corpus(cfg.demo_pairs, cfg.seed, cfg.plant)), [('read',cfg.demo_pairs)])
         elif name=='se' and not path:
             found = downloaded(streamed(hub_set('se', sites, revision, streaming=True), cfg.max_se, cfg.seed, every, parts_folder(cfg, revision)))
         else:

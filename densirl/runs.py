@@ -134,7 +134,7 @@ def make_room(
     if known['status']=='complete':
         if kept.exists(): shutil.rmtree(kept)
         Path(out).rename(kept)
-        print(f'{out} held a complete run of profile {known.get("profile")} ({known["digest"]}); it is kept as {kept.name}', flush=True)
+        print(f'{Path(out).name} held a complete run of profile {known.get("profile")} ({known["digest"]}); it is kept as {kept.name}', flush=True)
     else: shutil.rmtree(out)
 
 @contextmanager
