@@ -34,7 +34,7 @@ Results:
   outs/.grpo.kept           what outs/grpo held before, if it was complete
 
 Environment: PYTHON (which Python, 3.11 or newer), VENV (default .venv),
-NB_WORKERS (notebooks tested side by side, default 2).
+NB_WORKERS (notebooks or test files run side by side, default 2).
 HELP
 }
 
@@ -91,7 +91,8 @@ if [[ ${1:-} == test ]]; then
   pytest -q tests/test_repo.py        # cheap, and nothing after it means much if this fails
   # one thread a worker: two PyTorch processes of two threads each fight over two cores
   OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} nbdev_test --n_workers "${NB_WORKERS:-2}" --timing
-  if (($#)); then exec pytest -q "$@"; else exec pytest -q --ignore=tests/test_repo.py; fi
+  if (($#)); then exec pytest -q "$@"; fi
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec pytest -q -n "${NB_WORKERS:-2}" --dist loadfile --ignore=tests/test_repo.py
 fi
 if [[ ${1:-} == bench ]]; then
   page=nbs/benchmarks/${2:-}.ipynb
