@@ -120,10 +120,10 @@ def hub_off()->None:
 def enter(
     cfg:StageConfig, # Settings of a run
 ): # The same
-    "What every door does: refuse sizes below one, and let only the full profile ask the hub"
+    "What every door does: refuse sizes below one (below zero where zero is the default), and let only the full profile ask the hub"
     for f in fields(cfg):
         value = getattr(cfg, f.name)
-        if type(value) is int and value<1 and f.name not in ('seed','jobs'): raise ValueError(f'{f.name} is {value}; give a whole number from 1 up.')
+        if type(value) is int and value<min(f.default, 1): raise ValueError(f'{f.name} is {value}; give a whole number from {min(f.default, 1)} up.')
     if cfg.profile!='full': hub_off()
     return cfg
 

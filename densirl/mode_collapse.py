@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 from .config import StageConfig, where
 from .density import read_density
-from .embed import embed_texts, embedder_facts
+from .embed import minilm
 from .files import read_jsonl, write_json, write_jsonl
 from .habits import has_opener, strip_opener
 from .runs import input_hash, open_run, read_log, read_manifest, up_to_date
@@ -88,7 +88,7 @@ def measure_prompts(
     samples:list, # Records of an arm's `samples.jsonl`
     prompts:dict, # Prompt id → text
     regions:dict, # Prompt id → region
-    embed=embed_texts, # Texts → rows of length one
+    embed, # Texts → rows of length one
 )->list: # One record per step and prompt with the `METRICS`
     "Measure the completions of each held-out prompt at each evaluation"
     names = sorted(regions)
@@ -154,11 +154,12 @@ def make_eval(
         samples = {arm:read_log(f, 'samples') for arm,f in folders.items()}
         regions = density_regions({s['prompt_id']:log_rho[s['prompt_id']] for s in samples['density']})
         print(f'measuring {sum(map(len, samples.values())):,} completions', flush=True)
-        rows = {arm:measure_prompts(s, prompts, regions) for arm,s in samples.items()}
+        embedder = minilm()
+        rows = {arm:measure_prompts(s, prompts, regions, embedder.embed) for arm,s in samples.items()}
         last = max(r['step'] for r in rows['density'])
         write_jsonl(out/'per_prompt.jsonl', (dict(arm=arm, **r) for arm in rows for r in rows[arm]))
         write_json(out/'eval.json', dict(config_diff=diff, last_step=last, curves=summarise(rows),
             difference=paired_difference(rows['density'], rows['uniform'], last),
             draws={arm:describe_draws(read_log(f, 'draws'), log_rho) for arm,f in folders.items()}))
-        run.facts.update(embedder=embedder_facts(), arms={arm:read_manifest(f)['digest'] for arm,f in folders.items()})
+        run.facts.update(embedder=dict(name=embedder.name, digest=embedder.digest), arms={arm:read_manifest(f)['digest'] for arm,f in folders.items()})
     return out

@@ -13,36 +13,39 @@ from hypothesis import given, settings, strategies as st
 from densirl.config import make_config
 from densirl.corpus import OPENERS, make_corpus
 from densirl.data import DataConfig, PromptsConfig, distinct_prompts, make_data, make_prompts, read_folds, select_pairs
-from densirl.density import log_density, nearest_neighbours
-from densirl.embed import embed_texts
+from densirl.density import neighbourhoods
+from densirl.embed import minilm
+from densirl.estimators import ESTIMATORS, log_density
 from densirl import files, sources
 from densirl.files import read_jsonl, write_jsonl
 from densirl.habits import has_opener
 from densirl.runs import read_manifest
-from densirl.sampler import sampling_weights, solve_alpha
 from densirl.sources import outcome
 from densirl.tally import Tally
 from densirl.text import prompt_id
+from densirl.weights import sampling_weights, solve_alpha
 
 def test_planted_opener_is_what_the_habit_counts():
     for opener in OPENERS.values(): assert has_opener(opener+'Text')
     for pair in make_corpus(400):
         for key in ('chosen', 'rejected'): assert has_opener(pair[key]) == pair['meta'][f'opener_{key}']
 
-def test_rare_prompts_weigh_more_on_real_embeddings():
+@pytest.fixture(scope='module')
+def corpus():
+    "Prompts of the built-in corpus and what lies around each"
     lines = [('demo', outcome(pair, 'demo')[-1]) for pair in make_corpus(800)]
     prompts = list(distinct_prompts(lines, Tally()))
-    distances, indices = nearest_neighbours(embed_texts([p['prompt'] for p in prompts]))
-    density = log_density(distances, indices, np.array([p['count'] for p in prompts]))
+    return prompts, neighbourhoods(minilm().embed([p['prompt'] for p in prompts]), np.array([p['count'] for p in prompts]), 64)[0]
+
+@pytest.mark.parametrize('estimator', list(ESTIMATORS))
+def test_rare_prompts_weigh_more_on_real_embeddings(corpus, estimator):
+    prompts, near = corpus
+    density = log_density(near, 10, estimator)
     tail = np.array([p['meta']['region'] == 'tail' for p in prompts])
     for alpha in (1., solve_alpha(density, .5)):
         weights = sampling_weights(density, alpha)
         assert weights[tail].mean() > weights[~tail].mean()
     assert density[tail].mean() < density[~tail].mean()
-
-def test_uniform_sampling_weighs_all_alike():
-    weights = sampling_weights(np.random.default_rng(0).normal(size=50), 0.)
-    assert (weights == weights[0]).all()
 
 def read(root, **given):
     "The pairs that `densirl data` makes under `root`, and the facts of its manifest"

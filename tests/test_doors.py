@@ -15,7 +15,7 @@ def test_three_doors_one_digest(monkeypatch):
     monkeypatch.delenv('IN_TEST', raising=False)
     page = notebook_config(GrpoConfig, plain_values(dict(profile='demo', density_aware='false', json=json)))
     line = cli_config(GrpoConfig, ['--', '--profile', 'demo', '--density_aware=False'], 'densirl grpo')
-    code = make_config(GrpoConfig, max_steps=30, prompts_per_step=4, learning_rate=5e-5, beta=.02, effective=.5, max_prompt_tokens=48,
+    code = make_config(GrpoConfig, max_steps=30, prompts_per_step=4, learning_rate=5e-5, beta=.02, max_prompt_tokens=48,
         max_new_tokens=line.max_new_tokens, eval_every=10, eval_prompts=line.eval_prompts, density_aware=False)
     assert digest(page) == digest(line) == digest(code)
     assert page.outputs() == ['outs/grpo_baseline'] and not page.density_aware

@@ -10,8 +10,9 @@ BIN = Path(sys.executable).parent
 # Imports go strictly downward. The one place where the plan of DESIGN is drawn: change it here when the code wants it.
 FLOORS = dict(
     text=0, files=0, config=.5,
-    runs=1, launch=1, stats=1, sampler=1, tally=1,
-    corpus=2, habits=2, embed=2.2, dist=2, models=2, logps=2, shapes=2, near=2, sources=2.2, data=2.5,
+    runs=1, launch=1, stats=1, weights=1, estimators=1, sampler=1.5, tally=1,
+    corpus=2, habits=2, embed=2.2, dist=2, models=2, logps=2, shapes=2, near=2, guards=2, neighbours=2,
+    sources=2.2, data=2.5, maps=2.5,
     density=3, rollout=3, objectives=3,
     trainer=4, sft=4.5,
     rm=5, rewards=5,

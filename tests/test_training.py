@@ -49,6 +49,28 @@ def test_arms_differ_in_the_factor_alone(tiny_run):
     assert all(a['inputs'][k] == b['inputs'][k] for k in b['inputs'])
     assert a['facts']['weight_variance'] > b['facts']['weight_variance'] == 0
 
+def arm(tiny_run, name, **given):
+    "Facts and draws of a small run with some settings"
+    cfg = make_config(GrpoConfig, 'test', root=str(tiny_run), out_dir=f'outs/{name}', **given)
+    out = train_grpo(cfg)
+    return read_manifest(out)['facts'], read_log(out, 'draws')
+
+def test_a_curriculum_moves_the_exponent(tiny_run):
+    _, draws = arm(tiny_run, 'curriculum', max_steps=3, schedule='linear', alpha=-.4, alpha_last=.4)
+    np.testing.assert_allclose([d['alpha'] for d in draws], [-.4, 0, .4], atol=1e-12)
+    assert draws[1]['effective_share'] == pytest.approx(1) and draws[0]['effective_share'] < .99
+
+def test_density_can_follow_the_policy(tiny_run):
+    "Measured anew, the weights change; the share for which the exponent is solved does not"
+    facts, draws = arm(tiny_run, 'adaptive', max_steps=2, refresh_every=1)
+    assert draws[0]['weights'] != draws[1]['weights']
+    assert all(d['effective_share'] == pytest.approx(.5, abs=1e-3) for d in draws)
+
+def test_a_placebo_draws_as_unequally_but_others(tiny_run):
+    real, placebo = read_manifest(tiny_run/'outs/grpo')['facts'], arm(tiny_run, 'placebo', max_steps=2, placebo='strata')[0]
+    assert placebo['effective_share'] == pytest.approx(real['effective_share']) and placebo['weight_variance'] == pytest.approx(real['weight_variance'])
+    assert read_log(tiny_run/'outs/placebo', 'draws')[0]['weights'] != read_log(tiny_run/'outs/grpo', 'draws')[0]['weights']
+
 def test_same_seed_same_run(tiny_run):
     cfg = make_config(GrpoConfig, 'test', root=str(tiny_run), out_dir='outs/again')
     train_grpo(cfg)
