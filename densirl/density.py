@@ -28,7 +28,7 @@ class DensityConfig(StageConfig):
     embedder:str = 'minilm' # minilm, tfidf, lm (hidden states of lm_path), or a sentence-transformers name or folder
     spread:Literal['none','centre','whiten'] = 'none' # Take the common direction, or all unequal spread, out of the vectors
     clusters:int = 0 # Clusters to sort the prompts into; 0 takes one for eight prompts, at most 2,000
-    approximate_from:int = 200_000 # Prompts from which neighbours are searched approximately
+    approximate_from:int = 150_000 # Prompts from which neighbours are searched approximately
     recall:float = .99 # Share of the true ten nearest that the approximate search must find, on a sample
     unknown_limit:float = .05 # Unknown tokens of a language above which its prompts are compared with each other only; 1 never does
     lm_path:str = where('outs/sft') # Hugging Face folder of the policy, for the embedder lm
@@ -58,7 +58,7 @@ def neighbourhoods(
     counts:np.ndarray, # (n,) pairs that carry each prompt
     k:int, # Neighbours
     clusters:int=0, # As in `cluster`
-    approximate_from:int=200_000, # Rows from which neighbours are searched approximately
+    approximate_from:int=150_000, # Rows from which neighbours are searched approximately
     recall:float=.99, # Wanted of the approximate search
 )->tuple: # `Neighbourhoods`, and how the neighbours were found
     "Measure what lies around each prompt"
@@ -91,9 +91,9 @@ def make_density(
         texts,languages = [p['prompt'] for p in prompts],[language_of(p) for p in prompts]
         print(f'embedding {len(prompts):,} prompts', flush=True)
         embedder = load_embedder(cfg.embedder, str(need(cfg.path(cfg.lm_path), 'sft')) if cfg.embedder=='lm' else '')
+        unknown = unknown_shares(embedder.unknown, languages, texts)
         vectors = spread_out(embed_cached(embedder, texts, cfg.path(cfg.vectors_path)), cfg.spread)
         near,how = neighbourhoods(vectors, np.array([p['count'] for p in prompts]), cfg.neighbours, cfg.clusters, cfg.approximate_from, cfg.recall)
-        unknown = unknown_shares(embedder.unknown, languages, texts)
         apart = [name for name,share in unknown.items() if share>cfg.unknown_limit]
         for name in apart: print(f'{unknown[name]:.0%} of the tokens in {name} are unknown to {embedder.name}: '
             'these prompts are compared with each other only; --embedder lm may read them', flush=True)

@@ -87,7 +87,7 @@ def unknown_share(
     texts:list, # Texts
 )->float: # Between 0 and 1
     "The share of tokens that the vocabulary does not know"
-    if tokenizer.unk_token_id is None: return 0.
+    if getattr(tokenizer, 'unk_token_id', None) is None: return 0.
     ids = [t for ids in tokenizer(list(texts), add_special_tokens=False)['input_ids'] for t in ids]
     return ids.count(tokenizer.unk_token_id)/max(len(ids), 1)
 
@@ -102,7 +102,8 @@ def model_embedder(
     if not weights: raise FileNotFoundError(f'No .safetensors file in {folder}; give the folder of a Hugging Face model.')
     quiet_transformers()
     from transformers import AutoModel, AutoTokenizer
-    tokenizer,digests = AutoTokenizer.from_pretrained(folder),[file_hash(f) for f in weights]
+    settings = [Path(folder)/n for n in ('config.json','tokenizer.json','tokenizer_config.json','vocab.txt')]
+    tokenizer,digests = AutoTokenizer.from_pretrained(folder),[file_hash(f) for f in [*weights, *settings] if f.exists()]
     def embed(texts):
         model = AutoModel.from_pretrained(folder, dtype=dtype).eval().to('cuda' if torch.cuda.is_available() else 'cpu')
         return mean_states(model, tokenizer, texts, max_tokens)
@@ -165,7 +166,9 @@ def embed_cached(
     from safetensors import safe_open
     from safetensors.numpy import save
     contents = hashlib.sha256()
-    for text in texts: contents.update(text.encode('utf-8', 'surrogatepass')+b'\0')
+    for text in texts:
+        written = text.encode('utf-8', 'surrogatepass')
+        contents.update(len(written).to_bytes(8, 'big')+written)
     made = dict(embedder=embedder.digest, texts=contents.hexdigest()[:16])
     path = Path(folder)/made['embedder']/f"{made['texts']}.safetensors"
     if not path.exists():
@@ -197,5 +200,7 @@ def spread_out(
     centred = rows-rows.mean(0)
     if how=='centre': return unit(centred)
     scale,directions = np.linalg.eigh(centred.T.astype(np.float64)@centred)
-    kept = scale>1e-6*scale[-1]
+    kept = np.arange(len(scale))>=len(scale)-max(1, len(rows)//10)
+    kept &= scale>1e-6*scale[-1]
+    if not kept.any(): return rows
     return unit(centred@(directions[:,kept]/np.sqrt(scale[kept])))

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 import numpy as np
 
 # %% ../nbs/core/29_guards.ipynb #cell-5
-OPEN_ENDS = frozenset('a an the of to and or with for in on at by from that is are my your his her its as if but because'.split())
+OPEN_ENDS = frozenset('a an the of and or my your his its if but because'.split())
 
 def looks_truncated(
     text:str, # A prompt

@@ -17,8 +17,9 @@ def sampling_weights(
     "Draw each prompt with probability proportional to `exp(-alpha*log_density)`"
     log_density = np.asarray(log_density, float)
     if not len(log_density): raise ValueError('There are no prompts to weight; the fold may be empty, so read more data.')
-    if not np.isfinite(log_density).all():
-        raise ValueError(f'log_density must be finite; {(~np.isfinite(log_density)).sum()} of {len(log_density)} values are not.')
+    wrong = (~np.isfinite(log_density)).sum()
+    if wrong: raise ValueError(f'log_density must be finite; {wrong} of {len(log_density)} values are not, so run `densirl density --force`.')
+    if not np.isfinite(alpha): raise ValueError(f'alpha is {alpha}; give a number.')
     logits = -alpha*log_density
     weights = np.exp(logits-logits.max())
     return weights/weights.sum()
@@ -42,7 +43,7 @@ def capped(
     while (found[~high]>top*(1+1e-12)).any():
         high |= found>top
         left,rest = 1-high.sum()*top,probs[~high].sum()
-        found = np.where(high, top, probs*left/rest if rest>0 else left/max((~high).sum(), 1))
+        found = np.where(high, top, probs*(left/rest) if rest>1e-300 else left/max((~high).sum(), 1))
     return found/found.sum()
 
 # %% ../nbs/core/15_weights.ipynb #cell-17
@@ -51,12 +52,17 @@ def solve_alpha(
     share:float, # Wanted effective share, in (0, 1]
     cap:float=0., # As in `capped`; it applies before the share is counted
     highest:float=10., # Largest exponent to consider
-)->float: # The exponent, `highest` when even that stays above the share
-    "The smallest exponent at or above 0 whose weights have the wanted effective share"
+)->float: # The exponent
+    "The smallest exponent at or above 0 whose weights have the wanted effective share; 0 where all are equally dense"
     if not 0<share<=1: raise ValueError(f'effective is {share}; give a share of the prompts, above 0 and at most 1.')
+    if share==1 or np.ptp(log_density)==0: return 0.
     gap = lambda alpha: effective_share(capped(sampling_weights(log_density, alpha), cap))-share
-    if gap(0.)<=1e-9: return 0.
-    return highest if gap(highest)>0 else float(brentq(gap, 0., highest, xtol=1e-10))
+    tried = [0.,*np.geomspace(1e-4, highest, 40)]
+    above = next((i for i,alpha in enumerate(tried) if gap(alpha)<=0), None)
+    if above is None:
+        lowest = min(gap(alpha) for alpha in tried)+share
+        raise ValueError(f'effective is {share:g}, but no exponent up to {highest:g} leaves less than {lowest:.3g} of these prompts; raise it, or the cap of {cap:g}.')
+    return float(brentq(gap, tried[above-1], tried[above], xtol=1e-10)) if above else 0.
 
 # %% ../nbs/core/15_weights.ipynb #cell-22
 def shuffled(
@@ -65,7 +71,7 @@ def shuffled(
     strata:list=(), # For each prompt, any value; weights change places only between equal ones. Empty: between all
 )->np.ndarray: # The same probabilities on other prompts, with equal effective share
     "Permute weights"
-    rng,found = np.random.default_rng([seed, 0, 0, 1]),probs.copy() # a stream that no draw uses
+    rng,found = np.random.default_rng([seed, 2**32-1]),probs.copy() # a stream that no step uses
     groups = {}
     for i in range(len(probs)): groups.setdefault(strata[i] if len(strata) else '', []).append(i)
     for places in groups.values(): found[places] = probs[rng.permutation(places)]

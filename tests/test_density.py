@@ -77,7 +77,7 @@ def test_multiplicity_reaches_the_density(tmp_path):
     once = density_of(tmp_path, write_prompts(tmp_path/'once', ENGLISH), density_path=str(tmp_path/'once.parquet'))
     often, once = read_density(density_of(tmp_path, path)), read_density(once)
     gain = {i: often[i]-once[i] for i in once}
-    assert max(gain, key=gain.get) == prompt_id(ENGLISH[0])
+    assert gain[prompt_id(ENGLISH[0])] >= max(gain.values())-1e-6 > 0       # those beside it gain as much, since it lies in their balls
 
 def test_fewer_prompts_than_k_and_one_prompt(tmp_path):
     out = density_of(tmp_path, write_prompts(tmp_path, ENGLISH[:3]))

@@ -1,15 +1,16 @@
 """Properties of densities, weights and draws that must hold for every input."""
 from dataclasses import replace
 
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.neighbors import NearestNeighbors
 
 from densirl.density import neighbourhoods
-from densirl.estimators import ESTIMATORS, Neighbourhoods, knn_density, log_density
-from densirl.neighbours import nearest_neighbours
-from densirl.sampler import Sampler, group_rows, rank_slice
+from densirl.estimators import ESTIMATORS, Neighbourhoods, knn_density, levina_bickel, log_density
+from densirl.logps import pack_groups
+from densirl.neighbours import approximate_neighbours, exact_neighbours as blocked, nearest_neighbours, share_found
+from densirl.sampler import Sampler, rank_slice
 from densirl.weights import capped, effective_share, sampling_weights, shuffled, solve_alpha
 
 densities = arrays(np.float64, st.integers(2, 60), elements=st.floats(-300, 300))
@@ -40,13 +41,21 @@ def test_weights_do_not_depend_on_the_order_of_prompts(log_rho, alpha, seed):
     order = np.random.default_rng(seed).permutation(len(log_rho))
     np.testing.assert_allclose(sampling_weights(log_rho[order], alpha), sampling_weights(log_rho, alpha)[order], rtol=1e-12)
 
-@given(densities, st.floats(.05, 1))
-def test_solved_alpha_reaches_the_share_or_its_bound(log_rho, share):
-    alpha = solve_alpha(log_rho, share)
-    got = effective_share(sampling_weights(log_rho, alpha))
-    if alpha == 10.: assert got >= share-1e-6
-    elif alpha == 0.: assert share >= 1-1e-8
-    else: assert abs(got-share) < 1e-3
+@given(densities, st.floats(.05, 1), st.sampled_from([0., 3., 10.]))
+def test_a_solved_exponent_leaves_the_share_or_says_that_none_does(log_rho, share, cap):
+    leaves = lambda alpha: effective_share(capped(sampling_weights(log_rho, alpha), cap))
+    try: alpha = solve_alpha(log_rho, share, cap)
+    except ValueError as error:
+        assert 'leaves less than' in str(error) and min(map(leaves, np.geomspace(1e-4, 10, 40))) > share
+        return
+    if alpha == 0: assert share == 1 or np.ptp(log_rho) == 0
+    else: assert abs(leaves(alpha)-share) < 1e-3 and 0 < alpha <= 10
+
+def test_a_share_below_a_cap_is_found_though_weights_underflow():
+    logs = np.random.default_rng(0).standard_t(2, 300)*20
+    alpha = solve_alpha(logs, .5, 3.)
+    assert alpha < 1 and abs(effective_share(capped(sampling_weights(logs, alpha), 3.))-.5) < 1e-3
+    with pytest.raises(ValueError, match='effective is 0.1, but no exponent'): solve_alpha(logs, .1, 2.)
 
 @given(densities, st.floats(1, 100))
 def test_a_cap_holds_and_keeps_the_order(log_rho, cap):
@@ -77,17 +86,29 @@ def test_a_comb_is_never_a_whole_time_off(log_rho, n, seed, step):
 @pytest.mark.parametrize('how, replacement', WAYS)
 @pytest.mark.parametrize('world', [1, 2, 4, 8])
 @settings(max_examples=30, deadline=None)
-@given(log_rho=arrays(np.float64, st.integers(16, 60), elements=st.floats(-5, 5)), step=st.integers(0, 10**6), each=st.integers(1, 2), size=st.integers(1, 8))
-def test_groups_stay_whole_on_any_number_of_ranks(how, replacement, world, log_rho, step, each, size):
+@given(log_rho=arrays(np.float64, st.integers(16, 60), elements=st.floats(-5, 5)), step=st.integers(0, 10**6), each=st.integers(1, 2))
+def test_a_draw_is_shared_whole_by_any_number_of_ranks(how, replacement, world, log_rho, step, each):
     probs = sampling_weights(log_rho, .3)
     drawn = Sampler(probs, world*each, 0, how, replacement).draw(step)
     assert len(drawn) == world*each and (replacement or len(set(drawn)) == len(drawn))
     assert (drawn == Sampler(probs, world*each, 0, how, replacement).draw(step)).all()
     slices = [rank_slice(drawn, r, world) for r in range(world)]
     assert (np.stack(slices, 1).ravel() == drawn).all()
-    for part in slices:
-        rows = group_rows(part, size).reshape(-1, size)
-        assert (rows == rows[:, :1]).all() and (rows[:, 0] == part).all()
+    assert [len(part) for part in slices] == [each]*world
+
+@pytest.mark.parametrize('world', [1, 2, 4, 8])
+def test_a_group_is_one_prompt_on_one_rank(world):
+    "What GRPO packs: every row holds one drawn prompt and all of its completions"
+    drawn, size = Sampler(np.full(100, .01), 8).draw(3), 5
+    rows = []
+    for rank in range(world):
+        mine = rank_slice(drawn, rank, world)
+        packed = pack_groups([[1, 10+i] for i in mine], [[[200+i, 2]]*size for i in mine])
+        assert packed.mask.shape[:2] == (len(mine), size)
+        for row, i in zip(packed.ids.tolist(), mine):
+            assert {t for t in row if 10 <= t < 110} == {10+i} and row.count(200+i) == size
+        rows += [mine]
+    assert sorted(np.concatenate(rows)) == sorted(drawn)
 
 @pytest.mark.parametrize('how, replacement', WAYS)
 def test_draws_follow_the_weights(how, replacement):
@@ -98,10 +119,10 @@ def test_draws_follow_the_weights(how, replacement):
     assert abs(z.mean()) < .05 and z.std() < 1.1
 
 def test_blocks_do_not_bind_prompts_together():
-    "With more prompts than blocks, two prompts still come together as often as chance would have it"
+    "With more prompts than blocks, two prompts of different blocks come together as often as chance would have it, two of one block hardly ever"
     sampler = Sampler(np.full(9000, 1/9000), 2250)
-    together = np.mean([np.isin([0, 1], sampler.draw(s)).all() for s in range(2000)])
-    assert abs(together-1/16) < .02
+    together = lambda pair: np.mean([np.isin(pair, sampler.draw(s)).all() for s in range(2000)])
+    assert abs(together(sampler.order[[0, 4000]])-1/16) < .02 and together(sampler.order[[0, 1]]) < .02
 
 @given(densities, st.integers(0, 50))
 def test_a_resumed_sampler_goes_on_and_other_weights_are_refused(log_rho, steps):
@@ -112,7 +133,8 @@ def test_a_resumed_sampler_goes_on_and_other_weights_are_refused(log_rho, steps)
     resumed = Sampler(probs, 3, 5)
     resumed.load_state_dict(first.state_dict())
     assert (next(resumed) == expected[steps]).all() and (next(resumed) == expected[steps+1]).all()
-    with pytest.raises(ValueError, match='have changed'): Sampler(probs, 3, 6).load_state_dict(first.state_dict())
+    for other in (Sampler(probs, 3, 6), Sampler(probs, 3, 5, ids=range(len(probs)))):
+        with pytest.raises(ValueError, match='have changed'): other.load_state_dict(first.state_dict())
 
 
 # -- densities
@@ -171,14 +193,22 @@ def test_densities_and_weights_are_finite_for_any_vectors(points):
         logs = log_density(around(points.astype(np.float64)), 10, estimator)
         assert np.isfinite(logs).all() and np.isfinite(sampling_weights(logs)).all()
 
-def test_twenty_one_identical_prompts_neither_explode_nor_vanish():
+@pytest.mark.parametrize('noise', [0, 1e-5, 1e-3])
+@pytest.mark.parametrize('crowd', [21, 60])
+def test_copies_neither_explode_nor_vanish(noise, crowd):
+    "Exactly, or up to rounding: dense, but within what others may be, and still drawn"
     rng = np.random.default_rng(0)
-    points = np.concatenate([rng.normal(size=(500, 8)), np.repeat(rng.normal(size=(1, 8)), 21, 0)])
-    logs = knn_density(around(points))
-    alpha = solve_alpha(logs, .5)
-    share = sampling_weights(logs, alpha)[500:].sum()
-    assert logs[500:].max() <= logs[:500].max()+1e-9                   # as dense as the densest others, not denser
-    assert .001 < share < 21/521                                       # less than their even share, but still there
+    points = np.concatenate([rng.normal(size=(500, 8)), np.repeat(rng.normal(size=(1, 8)), crowd, 0)+noise*rng.normal(size=(crowd, 8))])
+    near = around(points)
+    logs = knn_density(near)
+    share = sampling_weights(logs, solve_alpha(logs, .5))[500:].sum()
+    assert np.median(logs[:500]) < logs[500:].max() < np.median(logs[:500])+8
+    assert crowd/560*.05 < share < crowd/560
+    assert abs(levina_bickel(near.distances)-levina_bickel(around(points[:500]).distances)) < .7
+
+def test_two_neighbours_do_not_flatten_the_dimension():
+    near = around(np.random.default_rng(0).normal(size=(500, 8)), k=64)
+    assert np.std(log_density(near, 2)) > .8*np.std(log_density(near, 10))
 
 def test_multiplicity_is_density():
     points, often = np.random.default_rng(0).normal(size=(50, 8)), np.ones(50, int)
@@ -188,7 +218,7 @@ def test_multiplicity_is_density():
 
 def test_density_k_needs_no_new_neighbours():
     points = np.random.default_rng(0).normal(size=(200, 8))
-    for k in (3, 10, 64): np.testing.assert_allclose(log_density(around(points, k=64), k), log_density(around(points, k=k), k), rtol=1e-9)
+    for k in (3, 10, 64): np.testing.assert_allclose(log_density(around(points, k=64), k), log_density(around(points, k=max(k, 10)), k), rtol=1e-9)
 
 
 # -- neighbours
@@ -214,3 +244,21 @@ def test_copies_are_neighbours_at_distance_zero_and_nobody_is_its_own():
 def test_neighbourhoods_of_one_place_are_defined():
     near, _ = neighbourhoods(np.tile(np.eye(8, dtype=np.float32)[:1], (20, 1)), np.ones(20, int), 64)
     for estimator in ESTIMATORS: assert np.ptp(log_density(near, 10, estimator)) == 0
+
+def tight(groups, each, spread, seed=0):
+    rng = np.random.default_rng(seed)
+    return unit(np.repeat(rng.normal(size=(groups, 32)), each, 0)+spread*rng.normal(size=(groups*each, 32)))
+
+def test_rough_products_are_not_called_exact(monkeypatch):
+    "Where bf16 misses neighbours among near-copies, the search is made again in fp32"
+    points = tight(2, 4096, .01)
+    assert share_found(points, np.arange(200), blocked(points, 10, torch.bfloat16)[0][:200]) < .99
+    monkeypatch.setattr('densirl.neighbours.compute_dtype', lambda device: torch.bfloat16)
+    assert nearest_neighbours(points, 10)[2] == dict(how='exact', products='float32', recall=1.)
+
+@pytest.mark.parametrize('points', [tight(10, 100, 0.), tight(20, 150, .05), tight(3000, 1, 1.)], ids=['copies', 'crowds', 'spread'])
+def test_the_graph_finds_nearly_all_and_copies_do_not_count_as_missed(points):
+    distances, indices, recall = approximate_neighbours(points, 10)
+    exact = blocked(points, 10)[0]
+    assert recall >= .97 and (distances <= exact[:, -1:]+1e-4).mean() >= .97
+    assert (indices != np.arange(len(points))[:, None]).all() and (np.diff(distances) >= 0).all()

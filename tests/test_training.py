@@ -8,6 +8,7 @@ import densirl.grpo
 from conftest import densirl as call
 from densirl.config import make_config
 from densirl.dist import Ranks
+from densirl.files import read_jsonl
 from densirl.grpo import GrpoConfig, grpo_steps, load_models, train_grpo
 from densirl.logps import completion_rewards, pack_groups
 from densirl.models import load_policy, load_reward_model
@@ -56,9 +57,14 @@ def arm(tiny_run, name, **given):
     return read_manifest(out)['facts'], read_log(out, 'draws')
 
 def test_a_curriculum_moves_the_exponent(tiny_run):
-    _, draws = arm(tiny_run, 'curriculum', max_steps=3, schedule='linear', alpha=-.4, alpha_last=.4)
+    _, draws = arm(tiny_run, 'curriculum', max_steps=3, schedule='linear', alpha='-0.4', alpha_last='0.4')
     np.testing.assert_allclose([d['alpha'] for d in draws], [-.4, 0, .4], atol=1e-12)
     assert draws[1]['effective_share'] == pytest.approx(1) and draws[0]['effective_share'] < .99
+
+def test_pairs_are_drawn_as_often_as_they_are_many(tiny_run):
+    facts, draws = arm(tiny_run, 'pairs', max_steps=1, density_aware=False, draw='pairs')
+    counts = [p['count'] for p in read_jsonl(tiny_run/'.cache/data/prompts_all.jsonl') if p['fold'] == 'policy']
+    assert facts['alpha'] == 0 and facts['effective_share'] == pytest.approx(sum(counts)**2/sum(c*c for c in counts)/len(counts))
 
 def test_density_can_follow_the_policy(tiny_run):
     "Measured anew, the weights change; the share for which the exponent is solved does not"
