@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'thread_a_core', 'lifted', 'group_bests', 'look_through', 'true_distances', 'exact_neighbours',
-           'true_neighbours', 'share_found', 'main_directions', 'search_graph', 'approximate_neighbours',
+           'true_neighbours', 'reach', 'share_found', 'main_directions', 'search_graph', 'approximate_neighbours',
            'nearest_neighbours']
 
 # %% ../nbs/core/32_neighbours.ipynb #cell-2
@@ -127,16 +127,23 @@ def true_neighbours(
     from faiss import knn
     return [[j for j in found if j!=i][:k] for i,found in zip(rows, knn(vectors[rows], vectors, k+1)[1])]
 
+def reach(
+    vectors:np.ndarray, # (n, width)
+    rows:np.ndarray, # Positions of some rows
+    k:int, # How many of the nearest
+)->np.ndarray: # (rows, 1) distance to the k-th nearest other row, and a little for rounding
+    "How far a row's k nearest lie: what is within it counts as found, for of copies any will do"
+    true = true_neighbours(vectors, rows, k)
+    return np.array([[np.linalg.norm(vectors[t[-1]]-vectors[i])] for i,t in zip(rows, true)])+1e-4
+
 def share_found(
     vectors:np.ndarray, # (n, width)
     rows:np.ndarray, # Positions of some rows
     distances:np.ndarray, # (rows, any) distances of what was found, ascending
     k:int=10, # How many of the nearest to look for
 )->float: # Between 0 and 1
-    "Recall on a few rows: what is as near as the k-th true neighbour counts, for of copies any will do"
-    true = true_neighbours(vectors, rows, k)
-    far = np.array([np.linalg.norm(vectors[t[-1]]-vectors[i]) for i,t in zip(rows, true)])
-    return float(np.mean(distances[:,:k]<=far[:,None]+1e-4))
+    "Recall on a few rows"
+    return float(np.mean(distances[:,:k]<=reach(vectors, rows, k)))
 
 def main_directions(
     vectors:np.ndarray, # (n, width)
@@ -178,8 +185,10 @@ def approximate_neighbours(
     graph.hnsw.efConstruction = 60
     for start in tqdm(range(0, n, 10_000), desc='building a graph'): graph.add(main[start:start+10_000])
     sample,check = np.random.default_rng(0).choice(n, (2,min(n//2, 500)), replace=False)
+    near = min(k, 10)
+    far = reach(vectors, sample, near)
     for wide in (min(n, round(max(64, 2*k)*1.25**i)) for i in range(16)):
-        reached = share_found(vectors, sample, search_graph(graph, main, vectors, sample, k, wide)[0], min(k, 10))
+        reached = float(np.mean(search_graph(graph, main, vectors, sample, k, wide)[0][:,:near]<=far))
         if reached>=recall: break
     else: raise ValueError(f'The search found {reached:.3f} of the true neighbours at its widest, and recall is {recall}; lower --recall.')
     distances,indices = np.empty((n, k), np.float32),np.empty((n, k), np.int32)
@@ -188,7 +197,7 @@ def approximate_neighbours(
         distances[rows],indices[rows] = search_graph(graph, main, vectors, rows, k, wide)
     lost = (~np.isfinite(distances)).any(1).sum()
     if lost: raise ValueError(f'The graph led {lost} of {n} rows to fewer than {k} others; raise --approximate_from above {n} to search exactly.')
-    return distances,indices,share_found(vectors, check, distances[check], min(k, 10))
+    return distances,indices,share_found(vectors, check, distances[check], near)
 
 # %% ../nbs/core/32_neighbours.ipynb #cell-20
 def nearest_neighbours(
