@@ -24,7 +24,7 @@ from .models import compute_dtype, quiet_transformers
 class Embedder:
     "A name, what decides its vectors, and the function that makes them"
     name:str # For people
-    digest:str # 12 hex digits over weights and settings: equal digests, equal vectors
+    digest:str # 12 hex digits over weights and settings: equal digests and equal lists of texts, equal vectors
     embed:Callable # List of texts → (n, width) float32, rows of length one
     unknown:Callable=lambda texts:0. # List of texts → share of their tokens that the vocabulary does not know
 

@@ -66,7 +66,7 @@ def length_band(
 def stratum(
     record:dict, # A record of `prompts_all.jsonl`
 )->str: # Source, language and length in one
-    "What a placebo must not favour either"
+    "What a placebo within strata leaves as density weighted it"
     return ' | '.join((record.get('src', ''), language_of(record), length_band(record['prompt'])))
 
 # %% ../nbs/core/29_guards.ipynb #cell-11

@@ -69,6 +69,7 @@ def look_through(
     indices = members.gather(1, best.indices)
     return true_distances(left, best.values, indices, start)
 
+# %% ../nbs/core/32_neighbours.ipynb #cell-12
 def true_distances(
     left:torch.Tensor, # (n, width+2) from `lifted`, fp32
     products:torch.Tensor, # (rows, k) minus half the squared distances
@@ -84,7 +85,7 @@ def true_distances(
     distances,order = distances.sort(dim=1, stable=True)
     return distances,indices.gather(1, order)
 
-# %% ../nbs/core/32_neighbours.ipynb #cell-12
+# %% ../nbs/core/32_neighbours.ipynb #cell-13
 def exact_neighbours(
     vectors:np.ndarray, # (n, width)
     k:int=64, # Neighbours to find; n-1 when there are fewer
@@ -106,7 +107,7 @@ def exact_neighbours(
     with thread_a_core() as pool: list(pool.map(fill, range(0, n, 4096)))
     return distances,indices
 
-# %% ../nbs/core/32_neighbours.ipynb #cell-17
+# %% ../nbs/core/32_neighbours.ipynb #cell-18
 def true_neighbours(
     vectors:np.ndarray, # (n, width) float32
     rows:np.ndarray, # Positions of some rows
@@ -134,6 +135,7 @@ def share_found(
     "Recall on a few rows"
     return float(np.mean(distances[:,:k]<=reach(vectors, rows, k)))
 
+# %% ../nbs/core/32_neighbours.ipynb #cell-21
 def main_directions(
     vectors:np.ndarray, # (n, width)
     width:int, # Directions to keep
@@ -143,6 +145,7 @@ def main_directions(
     directions = np.linalg.eigh(np.cov(sample.T))[1][:,-width:].astype(np.float32)
     return np.concatenate([part@directions for part in np.array_split(vectors, -(-len(vectors)//50_000))])
 
+# %% ../nbs/core/32_neighbours.ipynb #cell-23
 def search_graph(
     graph, # FAISS index of the main directions of all rows
     main:np.ndarray, # (n, width kept) main directions
@@ -160,6 +163,7 @@ def search_graph(
     nearest = torch.cat(parts).masked_fill(own, torch.inf).topk(k, largest=False)
     return nearest.values.numpy(),kept.gather(1, nearest.indices).numpy()
 
+# %% ../nbs/core/32_neighbours.ipynb #cell-24
 def approximate_neighbours(
     vectors:np.ndarray, # (n, width) float32
     k:int=64, # Neighbours to find, fewer than n
@@ -189,7 +193,7 @@ def approximate_neighbours(
     if lost: raise ValueError(f'The graph led {lost} of {n} rows to fewer than {k} others; raise --approximate_from above {n} to search exactly.')
     return distances,indices,share_found(vectors, check, distances[check], near)
 
-# %% ../nbs/core/32_neighbours.ipynb #cell-20
+# %% ../nbs/core/32_neighbours.ipynb #cell-27
 def nearest_neighbours(
     vectors:np.ndarray, # (n, width)
     k:int=64, # Neighbours to find; n-1 when there are fewer
