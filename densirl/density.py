@@ -85,6 +85,8 @@ def make_density(
 )->Path: # The density file
     "Write, for each prompt, sorted distances and indices of its nearest other prompts"
     out = cfg.path(cfg.density_path)
+    if not (0<cfg.recall<=1 and 0<=cfg.unknown_limit<=1):
+        raise ValueError(f'recall is {cfg.recall:g} and unknown_limit {cfg.unknown_limit:g}; give shares, of recall above 0 and at most 1, of unknown_limit from 0 to 1.')
     if up_to_date(cfg): return out
     with open_run(cfg) as run:
         prompts = list(read_jsonl(cfg.path(cfg.prompts_path)))

@@ -9,6 +9,7 @@ __all__ = ['TEMPLATE', 'BUILT_IN', 'quiet_transformers', 'convert_smollm2', 'sav
 
 # %% ../nbs/core/24_models.ipynb #cell-2
 import importlib.util, os, tempfile, time, warnings
+from functools import cache
 from pathlib import Path
 import torch
 from .files import need, read_json, write_json
@@ -210,17 +211,19 @@ def prompt_messages(
     return record.get('messages') or [dict(role='user', content=record['prompt'])]
 
 # %% ../nbs/core/24_models.ipynb #cell-27
+@cache
 def compute_dtype(
     device:str='cpu', # Where the run computes
 )->torch.dtype: # bf16 where it is at least a quarter faster than fp32
     "Choose the precision of products by measuring them"
     if device!='cpu': return torch.bfloat16
-    def seconds(dtype):
-        a,b = torch.ones(512, 576, dtype=dtype),torch.ones(576, 1536, dtype=dtype)
-        times = []
-        for _ in range(7):
+    def seconds(dtype, tries):
+        a,b,times = torch.ones(512, 576, dtype=dtype),torch.ones(576, 576, dtype=dtype),[]
+        for _ in range(tries):
             began = time.perf_counter()
             a@b
             times.append(time.perf_counter()-began)
-        return sorted(times)[3]
-    return torch.bfloat16 if seconds(torch.bfloat16)<.8*seconds(torch.float32) else torch.float32
+        return sorted(times)[tries//2]
+    plain = seconds(torch.float32, 7)
+    hopeless = seconds(torch.bfloat16, 1)>20*plain
+    return torch.float32 if hopeless or seconds(torch.bfloat16, 7)>.8*plain else torch.bfloat16

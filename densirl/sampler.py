@@ -26,6 +26,8 @@ class Sampler:
         ids:list=(), # Ids of the prompts, which are part of what a resume must find unchanged
     ):
         probs = np.asarray(probs, float)
+        if how not in ('systematic','independent'): raise ValueError(f'how is {how!r}; give systematic or independent.')
+        if int(size)!=size or size<1: raise ValueError(f'size is {size}; give a whole number of prompts, at least 1.')
         if not (len(probs) and np.isfinite(probs).all() and probs.min()>=0 and abs(probs.sum()-1)<1e-6):
             raise ValueError(f'probs must be finite, not negative and sum to 1; {len(probs)} values sum to {probs.sum():.6g}, so make them by `sampling_weights`.')
         if not replacement and size>(probs>0).sum():

@@ -61,7 +61,8 @@ def solve_alpha(
     above = next((i for i,alpha in enumerate(tried) if gap(alpha)<=0), None)
     if above is None:
         lowest = min(gap(alpha) for alpha in tried)+share
-        raise ValueError(f'effective is {share:g}, but no exponent up to {highest:g} leaves less than {lowest:.3g} of these prompts; raise it, or the cap of {cap:g}.')
+        remedy = f'raise effective, or the cap of {cap:g}' if cap else 'raise effective'
+        raise ValueError(f'effective is {share:g}, but no exponent up to {highest:g} leaves less than {lowest:.3g} of these prompts; {remedy}.')
     return float(brentq(gap, tried[above-1], tried[above], xtol=1e-10)) if above else 0.
 
 # %% ../nbs/core/15_weights.ipynb #cell-22

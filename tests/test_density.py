@@ -100,3 +100,8 @@ def test_densities_of_other_prompts_are_refused(tiny_run, tmp_path):
 def test_the_map_escapes_prompts():
     page = interactive_map(np.zeros((2, 2)), ['</script><script>alert(1)</script>', '"\' & <b>'], dict(source=['a', '<i>']))
     assert '<script>alert' not in page and '</script><script>alert' not in page.replace('&lt;', '<').replace('&gt;', '>')
+
+@pytest.mark.parametrize('flag', [dict(recall=0.), dict(recall=1.5), dict(unknown_limit=2.)], ids=str)
+def test_shares_that_are_none_are_refused_at_once(tmp_path, flag):
+    write_prompts(tmp_path, ['A?', 'B?', 'C?'])
+    with pytest.raises(ValueError, match='give shares'): make_density(make_config(DensityConfig, 'demo', root=str(tmp_path), **flag))
