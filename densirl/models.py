@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TEMPLATE', 'BUILT_IN', 'quiet_transformers', 'convert_smollm2', 'save_model', 'tiny_tokenizer', 'make_tiny',
            'is_hub_name', 'model_folder', 'model_name', 'model_input', 'start_path', 'load_tokenizer', 'load_policy',
-           'load_reward_model', 'encode_prompt', 'encode_completion', 'prompt_messages', 'compute_dtype']
+           'load_reward_model', 'separate_padding', 'encode_prompt', 'encode_completion', 'prompt_messages',
+           'compute_dtype']
 
 # %% ../nbs/core/24_models.ipynb #cell-2
 import importlib.util, os, tempfile, time, warnings
@@ -177,15 +178,27 @@ def load_reward_model(
     dtype:torch.dtype=torch.float32, # fp32 for anything that is trained
     device:str='cpu', # Where to put it
     seed:int=0, # Seed of a new head
-): # A sequence-classification model with one label
-    "Load a reward model; the head of a plain language model is new, small and decided by `seed`"
+    heads:tuple=(), # Names of the heads to make; none takes those of the folder, or one
+): # A sequence-classification model with a label for each head
+    "Load a reward model; the heads of a plain language model are new, small and decided by `seed`"
     quiet_transformers()
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype, attn_implementation='sdpa')
+    made = (AutoConfig.from_pretrained(folder).architectures or [''])[0].endswith('ForSequenceClassification')
+    labels = {} if made and not heads else dict(id2label=dict(enumerate(heads or ('reward',))), label2id={h:i for i,h in enumerate(heads or ('reward',))})
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, attn_implementation='sdpa', **labels)
     return model.to(device).eval()
 
-# %% ../nbs/core/24_models.ipynb #cell-24
+# %% ../nbs/core/24_models.ipynb #cell-23
+def separate_padding(
+    model, # A reward model
+    tokenizer, # Its tokenizer
+)->None:
+    "Pad with a token other than end-of-sequence, which is the last token of a whole completion"
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) and tokenizer.unk_token is not None: tokenizer.pad_token = tokenizer.unk_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+# %% ../nbs/core/24_models.ipynb #cell-26
 def encode_prompt(
     tokenizer, # A tokenizer with a chat template
     messages:list, # Chat messages, `{"role","content"}`, the last one from the user
@@ -210,7 +223,7 @@ def prompt_messages(
     "The conversation that leads to a completion"
     return record.get('messages') or [dict(role='user', content=record['prompt'])]
 
-# %% ../nbs/core/24_models.ipynb #cell-27
+# %% ../nbs/core/24_models.ipynb #cell-29
 @cache
 def compute_dtype(
     device:str='cpu', # Where the run computes

@@ -51,6 +51,10 @@ def grpo_loss(
 def preference_loss(
     chosen:Tensor, # (pairs,) rewards of chosen completions
     rejected:Tensor, # (pairs,) rewards of rejected completions
+    margin:float|Tensor=0., # Wanted lead of the chosen completion (Touvron et al. 2023, arXiv:2307.09288)
+    smoothing:float=0., # Assumed share of wrong labels, below one half (Mitchell 2023)
+    centring:float=0., # Weight of the pull towards zero (Eisenstein et al. 2023, arXiv:2312.09244)
 )->Tensor: # (pairs,) losses
-    "Bradley-Terry loss of each pair: `-log sigmoid(chosen - rejected)`"
-    return -F.logsigmoid(chosen-rejected)
+    "Bradley-Terry loss of each pair, with its usual variations"
+    lead = chosen-rejected-margin
+    return -(1-smoothing)*F.logsigmoid(lead)-smoothing*F.logsigmoid(-lead)+centring*(chosen+rejected).square()

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGE_DATA', 'module_imports', 'code_hash', 'is_file_name', 'manifest_path', 'content_hashes', 'read_manifest',
-           'input_hash', 'run_key', 'up_to_date', 'Run', 'environment', 'make_room', 'open_run', 'read_log']
+           'input_hash', 'run_key', 'up_to_date', 'Run', 'checkpoint_home', 'environment', 'make_room', 'open_run',
+           'read_log']
 
 # %% ../nbs/core/10_runs.ipynb #cell-2
-import ast, importlib.metadata, json, platform, shutil, time
+import ast, importlib.metadata, json, os, platform, shutil, time
 from contextlib import contextmanager
 from pathlib import Path
 import densirl
@@ -53,10 +54,10 @@ def manifest_path(
 def content_hashes(
     outputs:list, # Files and folders a stage wrote
 )->dict: # Name, with its folders below the run, → hash
-    "Hashes of a run's files, without what holds the time of day: manifest, `metrics.jsonl` and the boards of TensorBoard"
+    "Hashes of a run's files, without what holds the time of day: manifest, `metrics.jsonl`, checkpoints and the boards of TensorBoard"
     listed = {(f.relative_to(p) if p.is_dir() else Path(f.name)):f for p in map(Path, outputs) for f in (sorted(p.rglob('*')) if p.is_dir() else [p])}
     return {n.as_posix():file_hash(f) for n,f in listed.items()
-            if f.is_file() and n.name not in ('manifest.json','metrics.jsonl') and n.parts[0]!='tb'}
+            if f.is_file() and n.name not in ('manifest.json','metrics.jsonl') and n.parts[0] not in ('tb','checkpoint')}
 
 # %% ../nbs/core/10_runs.ipynb #cell-11
 def read_manifest(
@@ -117,7 +118,26 @@ class Run:
         if not self.main: return
         with open(self.folder/f'{name}.jsonl', 'a', encoding='utf-8') as file: file.write(json.dumps(record, ensure_ascii=False)+'\n')
 
-# %% ../nbs/core/10_runs.ipynb #cell-16
+    def sizes(self)->dict: # Name of a log → bytes
+        "How far the logs have been written"
+        return {f.name:f.stat().st_size for f in sorted(self.folder.glob('*.jsonl'))}
+
+    def rewind(self,
+        sizes:dict, # From `sizes`, at some earlier step
+    )->None:
+        "Take back what was logged after that step"
+        for file in self.folder.glob('*.jsonl'):
+            if file.name in sizes: os.truncate(file, sizes[file.name])
+            else: file.unlink()
+
+# %% ../nbs/core/10_runs.ipynb #cell-17
+def checkpoint_home(
+    folder:Path, # Run folder
+)->Path: # Where its checkpoints lie
+    "Checkpoints live in the run's folder until the run is complete"
+    return Path(folder)/'checkpoint'
+
+# %% ../nbs/core/10_runs.ipynb #cell-18
 def environment()->dict: # Names and versions
     "What a result may depend on besides the code"
     packages = ('torch','transformers','numpy','scikit-learn')
@@ -126,15 +146,19 @@ def environment()->dict: # Names and versions
 
 def make_room(
     out:Path, # Run folder of a stage that is about to run
-    stage:str, # Name of the stage
+    key:dict, # Its key, from `run_key`
+    force:bool=False, # Whether to begin again in any case
 )->None:
-    "Clear what an earlier run of the stage left; a run that was complete is kept beside it, one generation"
+    "Clear what an earlier run of the stage left, unless it can be gone on with; a run that was complete, or has a checkpoint, is kept beside it, one generation"
     known,kept = read_manifest(out),Path(out).parent/f'.{Path(out).name}.kept'
-    if known.get('stage')!=stage: return
-    if known['status']=='complete':
+    if known.get('stage')!=key['stage']: return
+    same = all(known.get(k)==v for k,v in key.items())
+    halfway = known['status']=='running' and checkpoint_home(out).exists()
+    if halfway and same and not force: return
+    if halfway or known['status']=='complete':
         if kept.exists(): shutil.rmtree(kept)
         Path(out).rename(kept)
-        print(f'{Path(out).name} held a complete run of profile {known.get("profile")} ({known["digest"]}); it is kept as {kept.name}', flush=True)
+        print(f'{Path(out).name} held a {"complete run" if not halfway else "run half done"} of profile {known.get("profile")} ({known["digest"]}); it is kept as {kept.name}', flush=True)
     else: shutil.rmtree(out)
 
 @contextmanager
@@ -149,15 +173,17 @@ def open_run(
     if not main:
         yield run
         return
-    manifest = dict(run_key(cfg), profile=cfg.profile, status='running', environment=environment())
-    if not is_file_name(out): make_room(out, cfg.stage)
+    key = run_key(cfg)
+    manifest = dict(key, profile=cfg.profile, status='running', environment=environment())
+    if not is_file_name(out): make_room(out, key, cfg.force)
     run.folder.mkdir(parents=True, exist_ok=True)
     for file in outputs: remove_halves(file)
     if not is_file_name(out): write_json(manifest_path(out), manifest)
     yield run
     write_json(manifest_path(out), dict(manifest, facts=run.facts, outputs=content_hashes(outputs), seconds=round(time.time()-began, 1), status='complete'))
+    if not is_file_name(out) and checkpoint_home(out).exists(): shutil.rmtree(checkpoint_home(out))
 
-# %% ../nbs/core/10_runs.ipynb #cell-22
+# %% ../nbs/core/10_runs.ipynb #cell-24
 def read_log(
     folder:Path, # Run folder
     name:str='metrics', # 'metrics' or 'samples'

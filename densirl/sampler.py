@@ -132,8 +132,11 @@ def epoch_batches(
     size:int, # Items a step
     steps:int, # Steps
     seed:int, # Seed of the run
+    probs:np.ndarray=None, # (n,) probabilities of the items; none are even ones
 )->np.ndarray: # (steps, size) indices
-    "Batches that pass over all items in a new random order each epoch"
-    rng = np.random.default_rng([seed, 2])
+    "Batches that pass over n draws in a new random order each epoch, each a systematic sample (Madow 1949)"
+    rng,offsets = np.random.default_rng([seed, 2]),np.random.default_rng([seed, 4])
+    ends = np.arange(1, n+1) if probs is None else np.round(np.cumsum(probs)/np.sum(probs)*n, 9)
+    def epoch(): return np.repeat(np.arange(n), np.diff(np.floor(ends+offsets.random()), prepend=0).astype(int))
     epochs = -(-steps*size//n)
-    return np.concatenate([rng.permutation(n) for _ in range(epochs)])[:steps*size].reshape(steps, size)
+    return np.concatenate([rng.permutation(epoch()) for _ in range(epochs)])[:steps*size].reshape(steps, size)

@@ -37,7 +37,7 @@ def test_reward_model_opens_with_transformers_and_scores_the_same(tiny_run):
     ours, theirs = load_reward_model(str(folder)), AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     prompt, completions = [1, 5, 6, 7], [[11, 12, 2], [21, 22]]
     with torch.no_grad():
-        rewards = completion_rewards(ours, pack_groups([prompt], [completions]))[0]
+        rewards = completion_rewards(ours, pack_groups([prompt], [completions]))[0, :, 0]
         rows = [prompt+c for c in completions]
         padded = [r+[theirs.config.pad_token_id]*(max(map(len, rows))-len(r)) for r in rows]
         expected = theirs(torch.tensor(padded), attention_mask=torch.tensor([[1]*len(r)+[0]*(len(p)-len(r)) for r, p in zip(rows, padded)])).logits[:, 0]
