@@ -11,7 +11,7 @@ BIN = Path(sys.executable).parent
 FLOORS = dict(
     text=0, files=0, config=.5,
     runs=1, launch=1, stats=1, weights=1, estimators=1, sampler=1.5, tally=1,
-    corpus=2, checkpoints=2, habits=2, embed=2.2, dist=2, models=2, logps=2, shapes=2, near=2, guards=2, neighbours=2.2,
+    corpus=2, checkpoints=2, habits=2, embed=2.2, dist=2, models=2, attention=2, logps=2.1, shapes=2, near=2, guards=2, neighbours=2.2,
     sources=2.2, data=2.5, maps=2.5, judging=2.5, heads=2, pairs=2.5,
     density=3, rollout=3, objectives=3, arms=3.5,
     trainer=4, sft=4.5,
