@@ -61,6 +61,7 @@ def save_training(
     "Write a checkpoint from which `resume_training` goes on"
     if run.main: write_checkpoint(run.folder, step, training_state(model, optimizer), dict(logs=run.sizes()))
 
+# %% ../nbs/core/40_trainer.ipynb #cell-14
 @torch.no_grad()
 def resume_training(
     run:Run, # The open run
@@ -87,7 +88,7 @@ def resume_training(
         print(f'going on after step {step}', flush=True)
     return step
 
-# %% ../nbs/core/40_trainer.ipynb #cell-16
+# %% ../nbs/core/40_trainer.ipynb #cell-17
 @contextmanager
 def memory_help(
     flags:str, # What to lower, in order
@@ -99,14 +100,14 @@ def memory_help(
         if not short: raise
         raise MemoryError(f'Memory ran out; lower {flags}. The last checkpoint, if there is one, is as it was.') from error
 
-# %% ../nbs/core/40_trainer.ipynb #cell-19
+# %% ../nbs/core/40_trainer.ipynb #cell-20
 def duration(
     seconds:float, # A span of time
 )->str: # Minutes and seconds
     "A span of time for the eye"
     return f'{int(seconds)//60}:{int(seconds)%60:02d}'
 
-# %% ../nbs/core/40_trainer.ipynb #cell-20
+# %% ../nbs/core/40_trainer.ipynb #cell-21
 class Progress:
     "Shows and logs the steps of a run"
     def __init__(self,
