@@ -45,14 +45,16 @@ def seen_keys(
     own:tuple, # First and stop of the own
 )->Tensor: # (heads, seen, width)
     "What a block of queries looks at"
-    if shared[0]==shared[1] or shared[1]==own[0]: return x[:,min(shared[0], own[0]):own[1]]
+    if shared[0]==shared[1]: return x[:,slice(*own)]
+    if shared[1]==own[0]: return x[:,shared[0]:own[1]]
     return torch.cat([x[:,slice(*shared)], x[:,slice(*own)]], 1)
 
 # %% ../nbs/core/24_attention.ipynb #cell-11
 @lru_cache
 def future(
     size:int, # Tokens of a block
-)->Tensor: # (size, size), True where a token would look ahead
+)->Tensor: # (size, size)
+    "True where a token would look ahead"
     return torch.ones(size, size, dtype=torch.bool).triu(1)
 
 def seen_probs(
@@ -86,7 +88,7 @@ class SeenAttention(torch.autograd.Function):
     def backward(ctx, grad):
         query,key,value,out = ctx.saved_tensors
         grouped,grad = query.unflatten(0, (len(key), -1)),grad.unflatten(0, (len(key), -1))
-        gradq,gradk,gradv = torch.empty_like(grouped),torch.zeros_like(key),torch.zeros_like(value)
+        gradq,(gradk,gradv) = torch.empty_like(grouped),(torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
         lost = (grad*out).sum(-1, keepdim=True, dtype=torch.float32)
         for block,shared,own in seen_blocks(ctx.sizes):
             size = block[1]-block[0]
@@ -98,10 +100,20 @@ class SeenAttention(torch.autograd.Function):
             for total,part in ((gradk, torch.bmm(scores.mT, q)), (gradv, torch.bmm(probs.to(g.dtype).mT, g))):
                 total[:,slice(*shared)] += part[:,:shared[1]-shared[0]]
                 total[:,slice(*own)] += part[:,shared[1]-shared[0]:]
-        return gradq.flatten(0, 1),gradk,gradv,None,None
+        return gradq.flatten(0, 1),gradk.to(key.dtype),gradv.to(value.dtype),None,None
 
 # %% ../nbs/core/24_attention.ipynb #cell-18
-def seen_attention(module, query, key, value, attention_mask, scaling=None, dropout=0., sizes=None, **others):
+def seen_attention(
+    module, # The layer that asks
+    query:Tensor, # (1, query heads, tokens, width)
+    key:Tensor, # (1, key heads, tokens, width)
+    value:Tensor, # (1, key heads, tokens, width)
+    attention_mask, # Not read
+    scaling:float=None, # Factor of the scores; width**-.5 where a model names none
+    dropout:float=0., # Must be 0
+    sizes:list=None, # As in `seen_blocks`
+    **others, # What a layer asks for besides; refused where it matters
+)->tuple: # (1, tokens, query heads, width), and None for the probabilities
     "Attention in the form that transformers calls"
     unknown = [n for n in ('sliding_window','softcap','s_aux') if others.get(n) is not None]
     if unknown or dropout: raise NotImplementedError(f'{type(module).__name__} asks for {unknown[0] if unknown else "dropout"}, which this attention lacks.')
@@ -114,7 +126,7 @@ def can_see(
     "Plain attention in every layer, on a CPU; elsewhere a mask over PyTorch's own does as well"
     config = model.config
     layers = set(getattr(config, 'layer_types', None) or ['full_attention' if not getattr(config, 'sliding_window', None) else 'sliding_attention'])
-    return (layers=={'full_attention'} and not getattr(config, 'attn_logit_softcapping', None) and hasattr(config, '_attn_implementation')
+    return (layers=={'full_attention'} and not getattr(config, 'attn_logit_softcapping', None) and model.base_model._can_set_attn_implementation()
         and not model.training and next(model.parameters()).device.type=='cpu')
 
 @contextmanager

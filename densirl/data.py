@@ -296,6 +296,6 @@ def select_pairs(
         if name not in folds: raise ValueError(f'The prompt {name} of a pair is not in the file of prompts; run `densirl prompts` on these pairs.')
         if folds[name]!=fold: continue
         named = pair.get('meta', {}).get('split')
-        if named==split or named not in ('sft','prefs'): kept.append(pair)
+        if named==split or named not in ('sft','prefs'): kept.append(dict(pair, prompt_id=name))
     if not kept: raise ValueError(f'No pair of the fold {fold} and the split {split} is left in {count} pairs; read more data.')
     return kept

@@ -26,7 +26,7 @@ def judge_loss(
     prompts:list, # Id of each pair's prompt
 )->dict: # mean, low, high, n pairs, groups; nats
     "How surprised a judge is by what people prefer"
-    return grouped_interval(np.logaddexp(0, -np.asarray(margins, float)), prompts)
+    return grouped_interval(np.logaddexp(0, -np.asarray(margins, float)), prompts, bounds=(0., np.inf))
 
 # %% ../nbs/core/35_judging.ipynb #cell-8
 def length_margins(
@@ -40,7 +40,7 @@ def writers(
 )->tuple: # Names of the models that wrote chosen and rejected; empty texts where nothing is known
     "Who wrote the two completions"
     meta = pair.get('meta', {})
-    return meta.get('chosen_model', ''),meta.get('rejected_model', '')
+    return meta.get('chosen_model') or '',meta.get('rejected_model') or ''
 
 def writer_margins(
     pairs:list, # Pairs to judge
@@ -48,7 +48,7 @@ def writer_margins(
 )->np.ndarray: # Log odds that this writer beats the other, one per pair; 0 where nothing is known
     "What a judge that reads the writers' names alone would say"
     wins = Counter(map(writers, seen))
-    return np.array([np.log((wins[a,b]+.5)/(wins[b,a]+.5)) if a!=b else 0. for a,b in map(writers, pairs)])
+    return np.array([np.log((wins[a,b]+.5)/(wins[b,a]+.5)) if a and b and a!=b else 0. for a,b in map(writers, pairs)])
 
 # %% ../nbs/core/35_judging.ipynb #cell-11
 def within_writers(
@@ -58,7 +58,7 @@ def within_writers(
     "How well a judge orders pairs of the same two writers, each pair of writers counting once"
     leanings = {}
     for margin,(a,b) in zip(margins, map(writers, pairs)):
-        if a!=b: leanings.setdefault((min(a, b), max(a, b)), ([],[]))[a>b].append(margin if a<b else -margin)
+        if a and b and a!=b: leanings.setdefault((min(a, b), max(a, b)), ([],[]))[a>b].append(margin if a<b else -margin)
     shares = []
     for won,lost in leanings.values():
         if not (won and lost): continue
@@ -85,7 +85,7 @@ def judge_facts(
     margins:np.ndarray, # Held-out margins, one per pair
     pairs:list, # The held-out pairs
     seen:list, # The pairs it has learnt from
-)->dict: # Measures with intervals
+)->dict: # Measures, all but the calibration error with intervals
     "What a manifest says about a reward model"
     prompts,names = [p['prompt_id'] for p in pairs],writer_margins(pairs, seen)
     facts = dict(accuracy=judge_accuracy(margins, prompts), log_loss=judge_loss(margins, prompts), ece=calibration(margins)['ece'],
@@ -93,14 +93,14 @@ def judge_facts(
     return facts|(dict(writers_win=judge_accuracy(names, prompts), within_writers=within_writers(margins, pairs)) if names.any() else {})
 
 # %% ../nbs/core/35_judging.ipynb #cell-21
-JUDGES = dict(accuracy='reward model', longer_wins='the longer completion wins', writers_win='the writer who won more often wins', within_writers='reward model, between the same two writers')
+JUDGES = dict(accuracy='reward model', longer_wins='the longer completion wins', writers_win='the writer who won more often wins', within_writers='reward model, between the same two writers (cases are pairs of writers)')
 
 def judge_table(
     facts:dict, # From `judge_facts`
 )->str: # Markdown
     "A reward model's accuracy beside that of simple judges"
-    rows = [f"| {name} | {facts[k]['mean']:.3f} | {facts[k]['low']:.3f} to {facts[k]['high']:.3f} | {facts[k]['n']} |" for k,name in JUDGES.items() if k in facts]
-    return '\n'.join(['| judge | accuracy | 95 % interval, over prompts | cases |', '|---|---|---|---|', *rows])
+    rows = [f"| {name} | {facts[k]['mean']:.3f} | {facts[k]['low']:.3f} to {facts[k]['high']:.3f} | {facts[k]['n']} |" for k,name in JUDGES.items() if k in facts and facts[k]['n']]
+    return '\n'.join(['| judge | accuracy | 95 % interval | cases |', '|---|---|---|---|', *rows])
 
 def judge_line(
     facts:dict, # From `judge_facts`
@@ -141,5 +141,5 @@ def agreement(
     prompts:list, # Id of each pair's prompt
 )->dict: # same: share of pairs that both order alike, with interval; rank: correlation of margins
     "How alike two judges judge"
-    same = grouped_interval((np.sign(margins)==np.sign(others)).astype(float), prompts, bounds=(0.,1.))
+    same = grouped_interval((1+np.sign(margins)*np.sign(others))/2, prompts, bounds=(0.,1.))
     return dict(same=same, rank=float(spearmanr(margins, others).statistic))

@@ -56,5 +56,6 @@ def preference_loss(
     centring:float=0., # Weight of the pull towards zero (Eisenstein et al. 2023, arXiv:2312.09244)
 )->Tensor: # (pairs,) losses
     "Bradley-Terry loss of each pair, with its usual variations"
+    if not 0<=smoothing<.5: raise ValueError(f'smoothing is {smoothing:g}; give a share from 0 to below 0.5: with half the labels wrong nothing can be learnt.')
     lead = chosen-rejected-margin
     return -(1-smoothing)*F.logsigmoid(lead)-smoothing*F.logsigmoid(-lead)+centring*(chosen+rejected).square()

@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'SHOWN', 'make_inputs', 'Step', 'RunConfig', 'plan', 'expec
 
 # %% ../nbs/core/91_pipeline.ipynb #cell-2
 import os, re, subprocess, sys, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 import torch
@@ -77,7 +77,9 @@ def plan(
         + tuple(make_config(STAGES[s][0], **common) for s in stages[1:]), common|given)
     steps = [step('00_data', '00_data', 'data', 'prompts', **data), step('01_prompts_density', '01_prompts_density', 'density')]
     if not start: steps.append(step('sft', '', 'sft'))
-    return steps+[step('02_rm', '02_rm', 'rm', **start),
+    judges = step('02_rm', '02_rm', 'rm', **start)
+    gold = make_config(STAGES['rm'][0], **common, **start, fold='gold')
+    return steps+[replace(judges, configs=(*judges.configs, gold)),
         step('03_grpo.density_aware=True', '03_grpo', 'grpo', density_aware=True, **start),
         step('03_grpo.density_aware=False', '03_grpo', 'grpo', density_aware=False, **start),
         step('04_eval_mode_collapse', '04_eval_mode_collapse', 'eval', 'report')]
@@ -89,7 +91,7 @@ def expected_tokens(
     "How much a stage reads, for prompts of twenty-five tokens"
     prompt,c = 25,cfg
     if c.stage=='sft': return 0,c.max_steps*c.batch_size*(prompt+c.max_completion_tokens)
-    if c.stage=='rm': return c.held_out*(prompt+2*c.max_completion_tokens),c.max_steps*c.batch_size*(prompt+2*c.max_completion_tokens)
+    if c.stage=='rm': return (c.max_steps//c.eval_every+1)*c.held_out*(prompt+2*c.max_completion_tokens),c.max_steps*c.batch_size*(prompt+2*c.max_completion_tokens)
     if c.stage=='grpo':
         batch = c.max_steps*c.prompts_per_step*(prompt+c.group_size*c.max_new_tokens)
         held_out = (c.max_steps//c.eval_every+1)*c.eval_prompts*(prompt+c.eval_samples*c.max_new_tokens)

@@ -39,6 +39,7 @@ def load_judge(
         raise ValueError(f'The reward model at {folder} knows {len(theirs)} tokens that are not the policy\'s {len(tokenizer)}; '
             'train one from the same SFT checkpoint.')
     model = load_reward_model(folder, dtype, device).requires_grad_(False)
+    model.score.float()
     combine = partial(combine_heads, names=[name for _,name in sorted(model.config.id2label.items())], **combination)
     combine(torch.zeros(model.config.num_labels))
     return Judge(model, combine)

@@ -127,8 +127,9 @@ class Run:
     )->None:
         "Take back what was logged after that step"
         for file in self.folder.glob('*.jsonl'):
-            if file.name in sizes: os.truncate(file, sizes[file.name])
-            else: file.unlink()
+            if file.name not in sizes: file.unlink()
+            elif file.stat().st_size<sizes[file.name]: raise ValueError(f'{file} is shorter than at the last checkpoint; remove the run, or begin again with --force.')
+            else: os.truncate(file, sizes[file.name])
 
 # %% ../nbs/core/10_runs.ipynb #cell-17
 def checkpoint_home(
@@ -150,16 +151,17 @@ def make_room(
     force:bool=False, # Whether to begin again in any case
 )->None:
     "Clear what an earlier run of the stage left, unless it can be gone on with; a run that was complete, or has a checkpoint, is kept beside it, one generation"
-    known,kept = read_manifest(out),Path(out).parent/f'.{Path(out).name}.kept'
+    known = read_manifest(out)
     if known.get('stage')!=key['stage']: return
     same = all(known.get(k)==v for k,v in key.items())
-    halfway = known['status']=='running' and checkpoint_home(out).exists()
+    halfway = known['status']=='running' and any(checkpoint_home(out).glob('step_*'))
     if halfway and same and not force: return
-    if halfway or known['status']=='complete':
-        if kept.exists(): shutil.rmtree(kept)
-        Path(out).rename(kept)
-        print(f'{Path(out).name} held a {"complete run" if not halfway else "run half done"} of profile {known.get("profile")} ({known["digest"]}); it is kept as {kept.name}', flush=True)
-    else: shutil.rmtree(out)
+    fate = 'half' if halfway else 'kept' if known['status']=='complete' else 'gone'
+    kept = Path(out).parent/f'.{Path(out).name}.{fate}'
+    if kept.exists(): shutil.rmtree(kept)
+    Path(out).rename(kept)
+    if fate=='gone': shutil.rmtree(kept)
+    else: print(f'{Path(out).name} held a {"run half done" if halfway else "complete run"} of profile {known.get("profile")} ({known["digest"]}); it is kept as {kept.name}', flush=True)
 
 @contextmanager
 def open_run(

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from conftest import ROOT
+from densirl.arms import fitting_density, pair_weights
 from densirl.config import config_flags, make_config
 from densirl.data import read_folds, select_pairs
 from densirl.dist import Ranks
@@ -16,7 +17,7 @@ from densirl.logps import completion_rewards, pack_groups
 from densirl.models import load_reward_model, load_tokenizer
 from densirl.pairs import encode_pairs
 from densirl.rewards import load_judge, score_groups
-from densirl.rm import RmConfig, add_gradients, held_out_rewards, make_lessons, train_rm
+from densirl.rm import Lessons, RmConfig, add_gradients, held_out_rewards, make_lessons, proxy_and_held_out, train_rm
 from densirl.runs import checkpoint_home, read_log, read_manifest
 
 def config(root, name, **given): return make_config(RmConfig, 'test', **{'root': str(root), 'out_path': f'outs/rms/{name}', **given})
@@ -28,8 +29,8 @@ def plain(tiny_run): return train_rm(config(tiny_run, 'plain'))
 
 def pairs_of(root, fold): return select_pairs(read_jsonl(root/'.cache/data/pairs_all.jsonl'), read_folds(root/'.cache/data/prompts_all.jsonl'), fold, 'prefs')
 
-@pytest.mark.parametrize('flag', [dict(max_steps=3), dict(learning_rate=2e-3), dict(margin=1.), dict(smoothing=.2), dict(centring=.5), dict(density_aware=True),
-    dict(density_aware=True, density_by='loss'), dict(ensemble=2), dict(fold='gold'), dict(train='head'), dict(train='lora'), dict(batch_size=2), dict(seed=1),
+@pytest.mark.parametrize('flag', [dict(max_steps=3), dict(learning_rate=2e-3), dict(margin=1.), dict(smoothing=.2), dict(centring=.5), dict(draw='pairs'), dict(density_aware=True),
+    dict(density_aware=True, density_by='loss'), dict(density_aware=True, placebo='shuffled'), dict(ensemble=2), dict(fold='gold'), dict(train='head'), dict(train='lora'), dict(batch_size=2), dict(seed=1),
     dict(max_prompt_tokens=8), dict(max_completion_tokens=2)], ids=str)
 def test_every_setting_has_an_effect(tiny_run, plain, flag):
     out = train_rm(config(tiny_run, '_'.join(map(str, [*flag.keys(), *flag.values()])), **flag))
@@ -112,7 +113,7 @@ def test_an_exploding_run_stops_with_its_last_good_checkpoint(tiny_run):
 def test_another_setting_does_not_go_on_from_an_old_checkpoint(tiny_run):
     cfg = config(tiny_run, 'exploding', train='head', learning_rate=1e-3, max_steps=3)
     out = train_rm(cfg)
-    assert [r['step'] for r in read_log(out)] == [1, 2, 3] and checkpoint_home(out.parent/'.exploding.kept').exists()
+    assert [r['step'] for r in read_log(out)] == [1, 2, 3] and checkpoint_home(out.parent/'.exploding.half').exists()
 
 def test_many_heads_open_with_transformers_and_score_the_same(tiny_run):
     out = train_rm(config(tiny_run, 'many', heads='source', ensemble=3))
@@ -150,3 +151,41 @@ def test_slices_count_every_pair_once_each(tiny_run, plain):
     logged = read_log(plain, 'margins')
     found = judge_slices(np.array([r['margin'] for r in logged]), [known[r['id']] for r in logged], np.arange(len(logged)))
     assert {sum(row['n'] for row in parts.values()) for parts in found.values()} == {len(logged)}
+
+def test_held_out_pairs_come_from_all_of_the_fold(tiny_run):
+    "Not from the head of the file, where the first source stands"
+    _, held_out = proxy_and_held_out(config(tiny_run, 'x', held_out=4))
+    fold = pairs_of(tiny_run, 'eval')
+    assert [p['id'] for p in held_out] == sorted(p['id'] for p in fold)[:4] != [p['id'] for p in fold[:4]]
+
+def test_a_run_killed_within_its_first_checkpoint_begins_again(tiny_run):
+    cfg = config(tiny_run, 'early', max_steps=6, save_every=3)
+    out = train_rm(cfg)
+    expected = steps(out)
+    manifest = json.loads((out/'manifest.json').read_text())
+    (out/'manifest.json').write_text(json.dumps(manifest | dict(status='running')))
+    (checkpoint_home(out)/'half.x').mkdir(parents=True)
+    assert steps(train_rm(cfg)) == expected
+
+def test_a_checkpoint_without_its_logs_is_refused(tiny_run, monkeypatch):
+    cfg = config(tiny_run, 'logless', max_steps=6, save_every=3)
+    def stop(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr('densirl.rm.write_rm', stop)
+        with pytest.raises(KeyboardInterrupt): train_rm(cfg)
+    (cfg.path(cfg.out_path)/'metrics.jsonl').write_text('')
+    with pytest.raises(ValueError, match='shorter than at the last checkpoint'): train_rm(cfg)
+
+def test_an_isolated_prompt_weighs_at_least_as_much_as_a_crowded_one(tiny_run):
+    "However many pairs the crowd brings along"
+    cfg, pairs = config(tiny_run, 'x', density_aware=True), pairs_of(tiny_run, 'proxy')
+    logs, totals = fitting_density(cfg), {}
+    densest = max(pairs, key=lambda p: logs[p['prompt_id']])
+    many = pairs+[densest]*50
+    for pair, weight in zip(many, pair_weights(cfg, many, logs)): totals[pair['prompt_id']] = totals.get(pair['prompt_id'], 0)+weight
+    order = sorted(totals, key=logs.get)
+    assert all(totals[a] >= totals[b]-1e-12 for a, b in zip(order, order[1:]))
+
+def test_a_rank_without_pairs_has_nothing_to_do():
+    lessons = Lessons([([1, 2], [[3], [4]])], [4], torch.ones(1, 1), torch.empty(0))
+    assert add_gradients(RmConfig(), None, lessons, [], torch.float32, 'cpu').tolist() == [0, 0, 0, 0]
