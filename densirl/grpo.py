@@ -23,7 +23,7 @@ from .habits import habit_rate
 from .logps import Packed, completion_logps, compute_context, pack_groups
 from .models import encode_prompt, load_policy, load_tokenizer, model_input, model_name, prompt_messages, save_model, start_path
 from .neighbours import nearest_neighbours
-from .objectives import group_advantages, grpo_loss
+from .objectives import group_advantages, kl_estimate, policy_ratio, token_losses, token_shares
 from .rewards import Judge, load_judge, score_groups
 from .rollout import completion_uniforms, generate, refresh_, sampling_copy
 from .runs import open_run
@@ -173,13 +173,14 @@ def update_policy(
     rollout:Rollout, # This rank's part of the batch
 )->dict: # Means over this rank's completions
     "Add the gradient of the GRPO loss to the policy's parameters"
-    advantages,found,groups = group_advantages(rollout.rewards),[],len(rollout.rewards)
-    for i in range(0, groups, models.rows):
+    advantages,found = group_advantages(rollout.rewards),[]
+    for i in range(0, len(rollout.rewards), models.rows):
         part = slice(i, i+models.rows)
         packed,ref_logps = rollout.packed.rows(i, i+models.rows),rollout.ref_logps[part]
         with compute_context(models.dtype, models.device): logps,entropies = completion_logps(models.policy, packed, entropy=True)
-        loss = grpo_loss(logps, logps.detach(), ref_logps, advantages[part], packed.mask, cfg.beta, cfg.clip_low, cfg.clip_high)
-        (loss*len(logps)/groups).backward()
+        losses,_ = token_losses(policy_ratio(logps, logps.detach(), packed.mask), logps, advantages[part], 'grpo', cfg.clip_low, cfg.clip_high)
+        shares = token_shares(packed.mask, 'grpo', rollout.rewards.numel(), 0, cfg.max_new_tokens)
+        ((losses+cfg.beta*kl_estimate(logps, ref_logps, 'k3'))*shares).sum().backward()
         tokens = packed.mask.sum(-1)
         found.append(torch.stack([(logps.detach()-ref_logps).sum(-1), entropies.sum(-1)/tokens, tokens.float()], -1))
     kl,entropy,length = torch.cat(found).mean((0, 1)).tolist()
