@@ -29,7 +29,7 @@ def aspects_of(
 
 # %% ../nbs/core/36_heads.ipynb #cell-8
 def aspect_weights(
-    text:str, # 'hh=1,uf=0.5'; empty weighs all alike
+    text:str, # 'hh=1,uf=0.5', taken as they are, 0 for those that are not named; empty weighs all alike, together 1
     aspects:list, # Names of the aspects
 )->dict: # Aspect → weight
     "Read the weights of aspects"
@@ -37,6 +37,7 @@ def aspect_weights(
     try: given = {name:float(value) for name,value in (part.rsplit('=', 1) for part in text.split(','))}
     except ValueError as error: raise ValueError(f'The weights of heads are {text!r}; give them as name=number, with commas between.') from error
     unknown = given.keys()-set(aspects)
+    if not any(given.values()) or not np.isfinite(list(given.values())).all(): raise ValueError(f'The weights of heads are {text!r}; give numbers, not all of them 0.')
     if unknown: raise ValueError(f'There is no head {sorted(unknown)[0]!r}; the reward model has {", ".join(aspects)}.')
     return given
 
@@ -48,6 +49,7 @@ def combine_heads(
     weights:str='', # As in `aspect_weights`
 )->Tensor: # (…)
     "One reward from many"
+    if how not in ('mean','min','sceptical'): raise ValueError(f'how is {how!r}; give mean, min or sceptical.')
     aspects = aspects_of(names)
     def one(members):
         if how=='min': return members.min(-1).values

@@ -112,5 +112,6 @@ def preference_loss(
 )->Tensor: # (pairs,) losses
     "Bradley-Terry loss of each pair, with its usual variations"
     if not 0<=smoothing<.5: raise ValueError(f'smoothing is {smoothing:g}; give a share from 0 to below 0.5: with half the labels wrong nothing can be learnt.')
+    if centring<0: raise ValueError(f'centring is {centring:g}; give a weight from 0 up, or rewards are pushed apart without end.')
     lead = chosen-rejected-margin
     return -(1-smoothing)*F.logsigmoid(lead)-smoothing*F.logsigmoid(-lead)+centring*(chosen+rejected).square()

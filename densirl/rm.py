@@ -150,7 +150,8 @@ def model_card(
     loss,heads = facts['log_loss'],', '.join(facts['heads'])
     return '\n'.join(['---', 'library_name: transformers', 'pipeline_tag: text-classification', 'tags: [reward-model]', '---', '', '# Reward model', '',
         f'{facts["model"]} with {len(facts["heads"])} head(s) ({heads}), trained by densirl on {facts["pairs"]} preference pairs of the fold `{cfg.fold}`, from {", ".join(facts["sources"])}.',
-        'Opens with `AutoModelForSequenceClassification`; logits are rewards, read at the last token that is not padding.', '', judge_table(facts), '',
+        'Opens with `AutoModelForSequenceClassification`; logits are rewards, read at the last token that is not padding. A text to score is the chat template of the prompt with `add_generation_prompt=True`, then the completion,',
+        f'then the end-of-sequence token and nothing more. Learnt from the last {cfg.max_prompt_tokens} tokens of prompts and the first {cfg.max_completion_tokens} of completions.', '', judge_table(facts), '',
         f'Held-out log-loss {loss["mean"]:.3f}, 95 % interval {loss["low"]:.3f} to {loss["high"]:.3f}; knowing nothing has .693. One training seed.', '',
         '```json', json.dumps(science(cfg), indent=1), '```', ''])
 

@@ -152,7 +152,8 @@ def make_room(
 )->None:
     "Clear what an earlier run of the stage left, unless it can be gone on with; a run that was complete, or has a checkpoint, is kept beside it, one generation"
     known = read_manifest(out)
-    if known.get('stage')!=key['stage']: return
+    if not known: return
+    if known['stage']!=key['stage']: raise ValueError(f'{out} holds a run of the stage {known["stage"]}; give this one another folder.')
     same = all(known.get(k)==v for k,v in key.items())
     halfway = known['status']=='running' and any(checkpoint_home(out).glob('step_*'))
     if halfway and same and not force: return

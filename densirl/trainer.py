@@ -22,6 +22,7 @@ def make_optimizer(
     "An AdamW over fp32 masters"
     low = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype!=torch.float32}
     if low: raise TypeError(f'Parameters are {", ".join(low)}; load the model with dtype=torch.float32, or small steps round away.')
+    if not 0<=learning_rate<float('inf'): raise ValueError(f'learning_rate is {learning_rate:g}; give a number from 0 up, such as 1e-5.')
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate, betas=(.9,.95), weight_decay=0., fused=True)
 
 # %% ../nbs/core/40_trainer.ipynb #cell-10

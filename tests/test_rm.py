@@ -189,3 +189,8 @@ def test_an_isolated_prompt_weighs_at_least_as_much_as_a_crowded_one(tiny_run):
 def test_a_rank_without_pairs_has_nothing_to_do():
     lessons = Lessons([([1, 2], [[3], [4]])], [4], torch.ones(1, 1), torch.empty(0))
     assert add_gradients(RmConfig(), None, lessons, [], torch.float32, 'cpu').tolist() == [0, 0, 0, 0]
+
+def test_another_stages_folder_is_not_overwritten(tiny_run):
+    before = read_manifest(tiny_run/'outs/sft')
+    with pytest.raises(ValueError, match='holds a run of the stage sft'): train_rm(config(tiny_run, 'x', out_path='outs/sft'))
+    assert read_manifest(tiny_run/'outs/sft') == before
