@@ -185,7 +185,8 @@ def load_reward_model(
     from transformers import AutoConfig, AutoModelForSequenceClassification
     torch.manual_seed(seed)
     made = (AutoConfig.from_pretrained(folder).architectures or [''])[0].endswith('ForSequenceClassification')
-    labels = {} if made and not heads else dict(id2label=dict(enumerate(heads or ('reward',))), label2id={h:i for i,h in enumerate(heads or ('reward',))})
+    names = dict(enumerate(heads or ('reward',)))
+    labels = {} if made and not heads else dict(id2label=names, label2id={name:i for i,name in names.items()})
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, attn_implementation='sdpa', **labels)
     return model.to(device).eval()
 
