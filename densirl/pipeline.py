@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 import torch
+from .chat import ChatConfig, run_chat
 from .config import StageConfig, cli_config, make_config, where
 from .data import DataConfig, PromptsConfig, make_data, make_prompts
 from .density import DensityConfig, make_density
@@ -29,7 +30,7 @@ from .trainer import duration
 # %% ../nbs/core/91_pipeline.ipynb #cell-5
 STAGES = dict(data=(DataConfig, make_data), prompts=(PromptsConfig, make_prompts), density=(DensityConfig, make_density),
     sft=(SftConfig, train_sft), rm=(RmConfig, train_rm), grpo=(GrpoConfig, train_grpo), eval=(EvalConfig, make_eval),
-    report=(ReportConfig, make_report))
+    report=(ReportConfig, make_report), chat=(ChatConfig, run_chat))
 
 # %% ../nbs/core/91_pipeline.ipynb #cell-7
 def make_inputs(

@@ -200,8 +200,7 @@ def write_rm(
     facts:dict, # For the manifest
 )->None:
     "Write the model, its tokenizer and its card"
-    save_model(model, tokenizer, out)
-    write_json(out/'source.json', dict(name=facts['model']))
+    save_model(model, tokenizer, out, name=facts['model'])
     with atomic(out/'README.md') as file: file.write(model_card(cfg, facts))
 
 # %% ../nbs/02_rm.ipynb #cell-22
@@ -228,7 +227,7 @@ def train_rm(
         separate_padding(model, tokenizer)
         optimizer = make_optimizer(model, cfg.learning_rate)
         done,kept = resume_training(run, model, optimizer, ranks)
-        dtype = getattr(torch, kept['dtype']) if done else agreed_dtype(ranks)
+        dtype = getattr(torch, kept['dtype']) if done else agreed_dtype(ranks, start)
         lessons,probs = make_lessons(cfg, model, tokenizer, pairs, names, dtype, ranks)
         unseen = encode_pairs(held_out, tokenizer, cfg.max_prompt_tokens, cfg.max_completion_tokens)
         progress = Progress(run, cfg.max_steps, 'reward model', done)

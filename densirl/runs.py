@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGE_DATA', 'module_imports', 'code_hash', 'is_file_name', 'manifest_path', 'content_hashes', 'read_manifest',
-           'input_hash', 'run_key', 'up_to_date', 'Run', 'checkpoint_home', 'environment', 'make_room', 'open_run',
-           'read_log']
+           'input_hash', 'run_key', 'up_to_date', 'Run', 'checkpoint_home', 'environment', 'make_room', 'alone',
+           'open_run', 'read_log']
 
 # %% ../nbs/core/10_runs.ipynb #cell-2
-import ast, importlib.metadata, json, os, platform, shutil, time
+import ast, fcntl, importlib.metadata, json, os, platform, shutil, time
 from contextlib import contextmanager
 from pathlib import Path
 import densirl
@@ -164,6 +164,24 @@ def make_room(
     if fate=='gone': shutil.rmtree(kept)
     else: print(f'{Path(out).name} held a {"run half done" if halfway else "complete run"} of profile {known.get("profile")} ({known["digest"]}); it is kept as {kept.name}', flush=True)
 
+# %% ../nbs/core/10_runs.ipynb #cell-20
+@contextmanager
+def alone(
+    out:Path, # Run folder
+):
+    "Be the only process that works on a run"
+    lock = Path(out).parent/f'.{Path(out).name}.lock'
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, 'w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX|fcntl.LOCK_NB)
+            ours = os.fstat(file.fileno()).st_nlink>0
+        except BlockingIOError: ours = False
+        if not ours: raise RuntimeError(f'Another process is at work on {out}; wait for it, or give another folder.')
+        try: yield
+        finally: lock.unlink()
+
+# %% ../nbs/core/10_runs.ipynb #cell-22
 @contextmanager
 def open_run(
     cfg:StageConfig, # Settings of the run
@@ -176,17 +194,18 @@ def open_run(
     if not main:
         yield run
         return
-    key = run_key(cfg)
-    manifest = dict(key, profile=cfg.profile, status='running', environment=environment())
-    if not is_file_name(out): make_room(out, key, cfg.force)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    for file in outputs: remove_halves(file)
-    if not is_file_name(out): write_json(manifest_path(out), manifest)
-    yield run
-    write_json(manifest_path(out), dict(manifest, facts=run.facts, outputs=content_hashes(outputs), seconds=round(time.time()-began, 1), status='complete'))
-    if not is_file_name(out) and checkpoint_home(out).exists(): shutil.rmtree(checkpoint_home(out))
+    with alone(out):
+        key = run_key(cfg)
+        manifest = dict(key, profile=cfg.profile, status='running', environment=environment())
+        if not is_file_name(out): make_room(out, key, cfg.force)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        for file in outputs: remove_halves(file)
+        if not is_file_name(out): write_json(manifest_path(out), manifest)
+        yield run
+        write_json(manifest_path(out), dict(manifest, facts=run.facts, outputs=content_hashes(outputs), seconds=round(time.time()-began, 1), status='complete'))
+        if not is_file_name(out) and checkpoint_home(out).exists(): shutil.rmtree(checkpoint_home(out))
 
-# %% ../nbs/core/10_runs.ipynb #cell-24
+# %% ../nbs/core/10_runs.ipynb #cell-28
 def read_log(
     folder:Path, # Run folder
     name:str='metrics', # 'metrics' or 'samples'

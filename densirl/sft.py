@@ -13,11 +13,11 @@ import torch
 from .config import StageConfig, where
 from .data import read_folds, select_pairs
 from .dist import Ranks, gather, join_ranks, mean_of
-from .files import read_jsonl, repo_root, write_json
-from .logps import completion_logps, compute_context, pack_groups
+from .files import read_jsonl, repo_root
+from .logps import compute_context, pack_groups, token_facts
 from .models import (BUILT_IN, compute_dtype, encode_completion, encode_prompt, load_policy, load_tokenizer,
     model_folder, model_input, model_name, prompt_messages, save_model, start_path)
-from .runs import open_run, up_to_date
+from .runs import open_run, read_manifest, up_to_date
 from .sampler import epoch_batches, rank_slice
 from .trainer import Progress, make_optimizer, optimizer_step
 
@@ -51,7 +51,7 @@ def sft_loss(
     tokens:int, # Completion tokens in the batch, over all ranks
 )->torch.Tensor: # Scalar: this part's share of the batch's mean loss
     "Negative log-likelihood of completion tokens, divided by the tokens of the whole batch"
-    logps,_ = completion_logps(model, packed)
+    logps = token_facts(model, packed).logps
     return -logps.sum()/tokens
 
 # %% ../nbs/core/45_sft.ipynb #cell-9
@@ -70,9 +70,11 @@ def start_folder(
 
 def agreed_dtype(
     ranks:Ranks, # Who we are
+    start:str='', # The model that a run begins with
 )->torch.dtype: # The same on every rank
-    "Precision of products, as the main rank measures it"
-    return gather(compute_dtype(ranks.device) if ranks.main else None, ranks)[0]
+    "Precision of products: that of the run which made the starting model, so that a study has one; where none did, what the main rank measures"
+    made = read_manifest(start).get('facts', {}).get('dtype') if start else None
+    return getattr(torch, made.removeprefix('torch.')) if made else gather(compute_dtype(ranks.device) if ranks.main else None, ranks)[0]
 
 def skip_stage(
     cfg:StageConfig, # Settings of a run
@@ -107,7 +109,6 @@ def train_sft(
             progress.step(step, ('loss',), loss=loss, grad_norm=norm, tokens=tokens)
         progress.close()
         if ranks.main:
-            save_model(model, tokenizer, out)
-            write_json(out/'source.json', dict(name=model_name(folder)))
+            save_model(model, tokenizer, out, name=model_name(folder))
             run.facts.update(model=model_name(folder), pairs=len(pairs), dtype=str(dtype), loss=loss)
     return out

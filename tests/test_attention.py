@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from densirl.attention import can_see
-from densirl.logps import completion_logps, pack_groups
+from densirl.logps import pack_groups, token_facts
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 CONFIGS = dict(
@@ -24,7 +24,7 @@ def model_of(kind):
 def test_log_probabilities_are_those_of_the_model(kind):
     model = model_of(kind)
     assert can_see(model) == (kind not in ('mistral', 'gemma2'))
-    logps, _ = completion_logps(model, PACKED)
+    logps = token_facts(model, PACKED).logps
     logps.sum().backward()
     ours, alone = [p.grad.clone() for p in model.parameters()], torch.zeros_like(logps)
     model.zero_grad()
@@ -42,7 +42,7 @@ def test_long_completions_are_seen_in_blocks():
     rng = torch.Generator().manual_seed(0)
     prompt, text = (torch.randint(3, 64, (n,), generator=rng).tolist() for n in (40, 600))
     with torch.no_grad():
-        logps, _ = completion_logps(model, pack_groups([prompt], [[text, text[:300]]]))
+        logps = token_facts(model, pack_groups([prompt], [[text, text[:300]]])).logps
         rows = model(torch.tensor([prompt+text])).logits[0].log_softmax(-1)[39:-1]
     expected = rows.gather(-1, torch.tensor(text)[:, None]).squeeze(-1)
     torch.testing.assert_close(logps[0, 0], expected, atol=1e-4, rtol=1e-4)

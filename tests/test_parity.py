@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
-from densirl.logps import completion_logps, pack_groups
+from densirl.logps import pack_groups, token_facts
 from densirl.models import load_tokenizer, make_tiny
 from densirl.objectives import group_advantages, kl_estimate, policy_ratio, token_losses, token_shares
 
@@ -35,12 +35,12 @@ def padded(rows, left):
 def test_losses_and_gradients_are_those_of_trl(tokenizer, tmp_path, variant, beta, corrected):
     small_model(0).save_pretrained(tmp_path)                # TRL loads the reference once more from where the policy came from
     model, ref, packed = LlamaForCausalLM.from_pretrained(tmp_path).eval(), small_model(1), pack_groups(PROMPTS, COMPLETIONS)
-    with torch.no_grad(): logps, ref_logps = (completion_logps(m, packed)[0] for m in (model, ref))
+    with torch.no_grad(): logps, ref_logps = (token_facts(m, packed).logps for m in (model, ref))
     old_logps = logps+.3*torch.randn(logps.shape, generator=torch.Generator().manual_seed(3))    # so that some ratios are clipped and some are not
     advantages = group_advantages(torch.tensor([[1., 3.], [2., -1.]]))
     clip = dict(clip_high=.2) if variant == 'cispo' else dict(clip_low=.1, clip_high=.15)
 
-    logps, _ = completion_logps(model, packed)
+    logps = token_facts(model, packed).logps
     ratio = policy_ratio(logps, old_logps, packed.mask, variant)
     losses, stopped = token_losses(ratio, logps, advantages, variant, **clip)
     kl = kl_estimate(logps, ref_logps, 'k3')*(ratio if corrected else 1)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import densirl.grpo
 from conftest import densirl as call
 from densirl.config import make_config
 from densirl.dist import Ranks
+from densirl.draws import Draws
 from densirl.files import read_jsonl
-from densirl.grpo import GrpoConfig, grpo_steps, load_models, train_grpo
+from densirl.grpo import GrpoConfig, first_policy, grpo_steps, load_models, train_grpo
 from densirl.logps import completion_rewards, pack_groups
 from densirl.models import load_policy, load_reward_model
 from densirl.runs import read_log, read_manifest
@@ -99,20 +99,11 @@ def test_two_ranks_are_one_run(tiny_run, stage, out, flags):
 
 def test_bf16_products_keep_fp32_masters(tiny_run):
     cfg = make_config(GrpoConfig, 'test', root=str(tiny_run), max_steps=1)
-    models = load_models(cfg, 'cpu', torch.bfloat16)
+    models = load_models(cfg, *first_policy(cfg, 'cpu'), torch.bfloat16)
     before = [p.detach().clone() for p in models.policy.parameters()]
     prompts = [dict(id=str(i), prompt=f'Name {i} fish.') for i in range(4)]
-    list(grpo_steps(cfg, models, prompts, np.full(4, .25), Ranks()))
+    list(grpo_steps(cfg, models, Draws(cfg, prompts, np.zeros(4)), make_optimizer(models.policy, cfg.learning_rate), Ranks()))
     assert {p.dtype for p in models.policy.parameters()} == {torch.float32}
     assert {p.dtype for p in models.sampler.parameters()} == {torch.bfloat16}
     assert any((p != b).any() for p, b in zip(models.policy.parameters(), before))
     for copied, p in zip(models.sampler.parameters(), models.policy.parameters()): torch.testing.assert_close(copied, p.to(torch.bfloat16))
-
-def test_reward_rises_when_it_can(tiny_run, monkeypatch):
-    "A judge that likes one token: in thirty steps the policy must find out"
-    cfg = make_config(GrpoConfig, 'test', root=str(tiny_run), max_steps=30, group_size=8, prompts_per_step=4, learning_rate=3e-3, beta=0., max_new_tokens=4)
-    models, liked = load_models(cfg, 'cpu', torch.float32), 50
-    monkeypatch.setattr(densirl.grpo, 'score_groups', lambda judge, packed, rows, dtype: ((packed.target < liked)*packed.mask).float().sum(-1))
-    prompts = [dict(id=str(i), prompt=f'Name {i} fish.') for i in range(8)]
-    rewards = [m['reward'] for _, m, _ in grpo_steps(cfg, models, prompts, np.full(8, 1/8), Ranks())]
-    assert np.mean(rewards[-5:]) > np.mean(rewards[:5])+1

@@ -1,0 +1,138 @@
+"""What would let a policy learn something else than it says, or end somewhere else after a crash."""
+import os, signal, subprocess, sys, time
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.stats import chisquare
+
+from conftest import ROOT, densirl as call
+from densirl.config import config_flags, make_config
+from densirl.grpo import GrpoConfig, train_grpo
+from densirl.rollout import completion_uniforms, pick_tokens
+from densirl.runs import checkpoint_home, read_log, read_manifest
+
+def config(root, name, **given): return make_config(GrpoConfig, 'test', **{'root': str(root), 'out_dir': f'outs/policies/{name}', **given})
+def weights(folder): return load_file(folder/'model.safetensors')
+def steps(folder): return [{k: v for k, v in r.items() if k != 'seconds'} for r in read_log(folder)]
+def same(a, b): return all(torch.equal(v, weights(b)[k]) for k, v in weights(a).items())
+
+@pytest.fixture(scope='module')
+def plain(tiny_run): return train_grpo(config(tiny_run, 'plain'))
+
+LONG = dict(max_new_tokens=80)                                   # so that completions end at different lengths
+TWICE = dict(updates=2, clip_low=1e-4, clip_high=1e-4)           # so that ratios leave one
+
+@pytest.mark.parametrize('base, flag', [(LONG, dict(variant='dr_grpo')), (LONG, dict(variant='dapo')), (TWICE, dict(variant='gspo')), (TWICE, dict(variant='cispo')), (LONG, dict(cut_counts=False)),
+    (TWICE, dict(clip_low=.2)), (TWICE, dict(clip_high=.2)), (dict(updates=2), dict(kl_ratio=True)), *(({}, flag) for flag in (
+    dict(advantages='centred'), dict(advantages='rloo'), dict(beta=0.), dict(kl='k1', kl_in='reward'), dict(kl='exact', kl_in='reward'), dict(kl='k2'), dict(kl='exact'), dict(kl_ratio=True),
+    dict(kl_target=1e-4), dict(updates=2), dict(entropy_bonus=.1), dict(diversity_bonus=1.), dict(group_size=2), dict(learning_rate=2e-3), dict(max_steps=3), dict(max_new_tokens=4),
+    dict(max_prompt_tokens=8), dict(seed=1), dict(prompts_per_step=4), dict(density_aware=False), dict(alpha='2'), dict(dtype='bfloat16'), dict(objective='pairwise'),
+    dict(rewards='rm=1,math_rewards.length=1')))], ids=str)
+def test_every_setting_has_an_effect(tiny_run, base, flag, tmp_path, monkeypatch):
+    (tmp_path/'math_rewards.py').write_text('def length(prompts, completions): return [[len(c)%7 for c in group] for group in completions]')
+    monkeypatch.syspath_prepend(tmp_path)
+    without, with_it = (train_grpo(config(tiny_run, '_'.join(map(str, sum(given.items(), ()))) or 'plain', **given)) for given in (base, base|flag))
+    assert not same(with_it, without)
+
+def test_the_size_of_a_pass_changes_memory_not_results(tiny_run, plain):
+    out = train_grpo(config(tiny_run, 'passes', device_batch_size=4))
+    for a, b in zip(steps(plain), steps(out), strict=True):
+        for k in a: assert a[k] == pytest.approx(b[k], abs=1e-4), k
+
+def test_tokens_follow_the_model():
+    "100,000 draws from 64 tokens, with the chance of real runs"
+    logits = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    chance = torch.tensor(np.concatenate([completion_uniforms(0, step, slot, 8, 25).ravel() for step in range(125) for slot in range(4)]))
+    found = torch.bincount(pick_tokens(logits.expand(len(chance), 64), chance), minlength=64).numpy()
+    assert len(chance) == 100_000 and chisquare(found, (logits.double().softmax(-1)*len(chance)).numpy()).pvalue > 1e-3
+
+GIVEN = dict(max_steps=12, save_every=2, eval_every=4, density_aware=True, refresh_every=3, kl_target=1e-3, updates=2, resample=1)
+
+def start(cfg):
+    "The command line in a process of its own, once it has a checkpoint"
+    env = os.environ | {'DENSIRL_ROOT': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    process = subprocess.Popen([sys.executable, '-m', 'densirl.cli', 'grpo', *config_flags(cfg)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while process.poll() is None and not list(checkpoint_home(cfg.path(cfg.out_dir)).glob('step_*')): time.sleep(.01)
+    return process
+
+@pytest.fixture(scope='module')
+def whole(tiny_run):
+    torch.set_num_threads(1)
+    return train_grpo(config(tiny_run, 'whole', **GIVEN))
+
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_stopped_run_goes_on_to_the_same_end(tiny_run, whole, how):
+    cfg = config(tiny_run, f'stopped_{how.name}', **GIVEN)
+    out, process = cfg.path(cfg.out_dir), start(cfg)
+    process.send_signal(how)
+    said, _ = process.communicate()
+    if how == signal.SIGTERM: assert process.returncode == 0 and 'resume with: densirl grpo' in said
+    assert read_manifest(out)['status'] == 'running' and checkpoint_home(out).exists()
+    torch.set_num_threads(1)
+    train_grpo(cfg)
+    assert read_manifest(out)['status'] == 'complete' and not checkpoint_home(out).exists()
+    assert steps(out) == steps(whole) and same(out, whole)
+    for log in ('draws', 'samples', 'held_out'): assert read_log(out, log) == read_log(whole, log), log
+
+def test_two_runs_into_one_folder_are_refused(tiny_run):
+    cfg = config(tiny_run, 'shared', **GIVEN)
+    process = start(cfg)
+    with pytest.raises(RuntimeError, match='Another process is at work'): train_grpo(cfg)
+    process.kill()
+    process.communicate()
+
+SYNCHRONISED = """
+import sys, torch
+import densirl.trainer as trainer
+from densirl.config import make_config
+from densirl.dist import gather, join_ranks, leave_ranks
+from densirl.grpo import GrpoConfig, train_grpo
+
+ranks, seen, average_ = join_ranks(), [], trainer.average_
+def digests(gradients): return [round(g.double().abs().sum().item(), 12) for g in gradients]
+def watched(gradients, world):
+    before = digests(gradients)
+    average_(gradients, world)
+    seen.append((before, digests(gradients)))
+trainer.average_ = watched
+train_grpo(make_config(GrpoConfig, 'test', root=sys.argv[1], out_dir='outs/policies/synchronised', updates=2))
+one, two = gather(seen, ranks)
+if ranks.main: print('different before', all(a[0] != b[0] for a, b in zip(one, two)), 'equal after', all(a[1] == b[1] for a, b in zip(one, two)), 'steps', len(one))
+leave_ranks()
+"""
+
+def test_ranks_share_their_gradients(tiny_run, tmp_path):
+    (tmp_path/'watch.py').write_text(SYNCHRONISED)
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | {'DENSIRL_ROOT': str(ROOT), 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    said = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path/'watch.py', tiny_run], env=env, capture_output=True, text=True, timeout=300)
+    assert 'different before True equal after True steps 4' in said.stdout, said.stdout[-1000:]+said.stderr[-2000:]
+
+def test_two_ranks_draw_and_learn_as_one(tiny_run):
+    folders = [f'outs/policies/ranks_{n}' for n in (1, 2)]
+    for n, folder in zip((1, 2), folders):
+        call('grpo', *(['--'] if n > 1 else []), '--profile', 'test', '--root', tiny_run, '--out_dir', folder, '--refresh_every=1', '--updates=2', '--kl=exact', '--kl_target=.01', ranks=n)
+    one, two = (tiny_run/f for f in folders)
+    assert [d['prompts'] for d in read_log(one, 'draws')] == [d['prompts'] for d in read_log(two, 'draws')]
+    for a, b in zip(steps(one), steps(two), strict=True): assert a == pytest.approx(b, abs=1e-4)
+    assert [s['completion'] for s in read_log(one, 'samples')[:12]] == [s['completion'] for s in read_log(two, 'samples')[:12]]
+
+def test_looks_are_denser_early_and_kept(tiny_run):
+    out = train_grpo(config(tiny_run, 'looks', max_steps=8, eval_every=4, keep_weights=True))
+    assert [r['step'] for r in read_log(out, 'held_out')] == [0, 1, 2, 4, 8]
+    assert {r['step'] for r in read_log(out, 'samples')} == {0, 1, 2, 4, 8}
+    assert {f.name for f in (out/'snapshots').iterdir()} == {f'step_{s:06d}' for s in (0, 1, 2, 4, 8)}
+
+def test_flat_groups_are_replaced_and_said(tiny_run, tmp_path, monkeypatch):
+    "A reward that likes only prompts with an even number of letters more than nothing leaves the others flat"
+    (tmp_path/'odd_rewards.py').write_text('def odd(prompts, completions): return [[float(i) if len(p)%2 else 0. for i in range(len(g))] for p, g in zip(prompts, completions)]')
+    monkeypatch.syspath_prepend(tmp_path)
+    given = dict(rewards='odd_rewards.odd=1', max_steps=4, prompts_per_step=8)
+    without, replaced = (read_log(train_grpo(config(tiny_run, f'resample_{n}', resample=n, **given)), 'draws') for n in (0, 4))
+    assert sum(len(d['flat']) for d in without) > sum(len(d['flat']) for d in replaced) and any(d['replaced'] for d in replaced)
+    assert not any(d['replaced'] for d in without)
+
+@pytest.mark.parametrize('given, said', [(dict(rewards='no.such=1'), 'no function'), (dict(group_size=1), 'at least 2'), (dict(updates=0), 'at least 1'), (dict(kl_target=1., beta=0.), 'nothing to steer'),
+    (dict(kl_ratio=True, kl='exact'), 'leave it out'), (dict(objective='pairwise', rewards='math_rewards.length=1'), 'needs the head'), (dict(max_new_tokens=4000), 'reads 1024 tokens'), (dict(eval_prompts=10**6), 'lower --eval_prompts')], ids=str)
+def test_bad_settings_are_a_sentence(tiny_run, given, said):
+    with pytest.raises(ValueError, match=said): train_grpo(config(tiny_run, 'bad', **given))
