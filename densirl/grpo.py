@@ -47,6 +47,7 @@ class GrpoConfig(UpdateConfig):
     dtype:Literal['auto','float32','bfloat16'] = 'auto' # Precision of products; auto takes that of the SFT run, or measures where there is none
     objective:Literal['groups','pairwise'] = 'groups' # Groups of the policy's own completions, or the original note's pairs
     rewards:str = 'rm=1' # Sources and their weights: rm is the reward model, package.module.function one of your own
+    reward_scale:Literal['given','group'] = 'given' # Add sources as they are, or each in standard deviations of its group
     reward_weights:str = '' # Weights of a reward model's heads, such as hh=1,uf=0.5; empty weighs all alike
     reward_members:Literal['mean','min','sceptical'] = 'mean' # How an ensemble's members become one reward
     reward_penalty:float = 1. # Standard deviations that sceptical takes away
@@ -99,7 +100,7 @@ def load_models(
     def judge():
         return load_judge(str(need(cfg.path(cfg.rm_ckpt_path), 'rm')), tokenizer, dtype, device, how=cfg.reward_members, penalty=cfg.reward_penalty, weights=cfg.reward_weights)
     ref = load_policy(folder, dtype, device).requires_grad_(False)
-    return Models(policy, sampling_copy(policy, dtype), ref, load_rewards(cfg.rewards, judge), tokenizer, folder, dtype, device, max(1, cfg.device_batch_size//cfg.group_size))
+    return Models(policy, sampling_copy(policy, dtype), ref, load_rewards(cfg.rewards, judge, cfg.reward_scale), tokenizer, folder, dtype, device, max(1, cfg.device_batch_size//cfg.group_size))
 
 # %% ../nbs/03_grpo.ipynb #cell-18
 @torch.no_grad()
@@ -117,7 +118,7 @@ def sample_held_out(
         chance = np.stack([completion_uniforms(cfg.seed, 2**31, i, cfg.eval_samples, cfg.max_new_tokens) for i,_ in part])
         records = [p for _,p in part]
         rollout = roll_out(models, records, cfg.max_prompt_tokens, chance)
-        with compute_context(models.dtype, models.device): facts = token_facts(models.policy, rollout.packed, models.ref, entropy=True)
+        with compute_context(models.dtype, models.device): facts = token_facts(models.policy, rollout.packed, models.ref, 'value')
         sums = dict(kl=(facts.logps-rollout.ref_logps).sum(-1), exact_kl=facts.kl.sum(-1), entropy=facts.entropy.sum(-1)/rollout.packed.mask.sum(-1), reward=rollout.rewards['reward'])
         found += [dict(step=step, prompt_id=p['id'], sample=s, completion=rollout.texts[g][s], **{k:v[g,s].item() for k,v in sums.items()},
                 length=int(rollout.packed.mask[g,s].sum()), ended=bool(rollout.ended[g,s])) for g,p in enumerate(records) for s in range(cfg.eval_samples)]
@@ -227,6 +228,7 @@ def look(
     if not ranks.main: return
     for record in records: run.log('samples', **record)
     run.log('held_out', step=step, **held_out_summary(records))
+    print(f'held-out prompts after step {step}', flush=True)
     show_samples(records, held_out)
     if cfg.keep_weights: save_model(models.policy, models.tokenizer, run.folder/f'snapshots/step_{step:06d}', name=model_name(models.folder))
 

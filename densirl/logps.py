@@ -9,6 +9,7 @@ __all__ = ['Packed', 'pack_groups', 'compute_context', 'group_hidden', 'TokenFac
 # %% ../nbs/core/25_logps.ipynb #cell-2
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 import torch
 from torch import Tensor
 from .attention import can_see, group_mask, seen_by
@@ -100,22 +101,22 @@ def token_facts(
     model, # A causal language model of the transformers library
     packed:Packed, # On the model's device
     ref=None, # The reference, for an exact divergence
-    entropy:bool=False, # Whether to compute entropies
+    entropy:Literal['none','value','gradient']='none', # Whether to compute entropies, and whether to learn from them
     chunk:int=256, # Tokens that go through the vocabulary head at once
-)->TokenFacts: # With gradients of everything that was asked for, except through the reference
+)->TokenFacts: # With gradients through the model, not through the reference
     "Log-probability of each completion token, its entropy and its divergence"
     counts = packed.mask.bool()
     with torch.no_grad(): theirs = predicting_states(ref, packed).split(chunk) if ref is not None else None
-    found = []
+    found,learnt = [],torch.is_grad_enabled() and entropy=='gradient'
     for i,(state,token) in enumerate(zip(predicting_states(model, packed).split(chunk), packed.target[counts].split(chunk))):
         logits = model.lm_head(state).float()
         norm = logits.logsumexp(-1)
         nothing = torch.zeros_like(norm)
-        spread = norm-(logits.softmax(-1)*logits).sum(-1) if entropy else nothing
+        with torch.set_grad_enabled(learnt): spread = norm-(logits.softmax(-1)*logits).sum(-1) if entropy!='none' else nothing
         away = exact_kl(logits, ref.lm_head(theirs[i])) if ref is not None else nothing
-        found.append(torch.stack([logits.gather(-1, token[:,None]).squeeze(-1)-norm, spread, away]))
+        found.append((logits.gather(-1, token[:,None]).squeeze(-1)-norm, spread, away))
     empty = torch.zeros(packed.mask.shape, device=counts.device)
-    return TokenFacts(*(empty.masked_scatter(counts, row) for row in torch.cat(found, 1)))
+    return TokenFacts(*(empty.masked_scatter(counts, torch.cat(column)) for column in zip(*found)))
 
 # %% ../nbs/core/25_logps.ipynb #cell-17
 def last_states(

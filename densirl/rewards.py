@@ -10,11 +10,13 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 import torch
 from torch import Tensor
 from .heads import combine_heads
 from .logps import Packed, completion_rewards, compute_context
 from .models import load_reward_model, load_tokenizer
+from .objectives import group_advantages
 
 # %% ../nbs/core/50_rewards.ipynb #cell-4
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Rewards:
     judge:Judge|None # The reward model, where it counts
     functions:dict # Name → function of prompts and completions
     weights:dict # Name → weight; the reward model is called rm
+    scale:Literal['given','group'] = 'given' # Add them as they are, or each in standard deviations of its group
 
 def named_function(
     name:str, # package.module.function
@@ -81,11 +84,12 @@ def named_function(
 def load_rewards(
     text:str, # 'rm=1,package.module.function=0.5'; empty is the reward model alone
     judge:Callable, # Loads the reward model, if it is named
+    scale:str='given', # As in `Rewards`
 )->Rewards:
     "Read the sources of reward and their weights"
     try: weights = {name:float(value) for name,value in (part.rsplit('=', 1) for part in (text or 'rm=1').split(','))}
     except ValueError as error: raise ValueError(f'The rewards are {text!r}; give them as name=weight, with commas between.') from error
-    return Rewards(judge() if 'rm' in weights else None, {n:named_function(n) for n in weights if n!='rm'}, weights)
+    return Rewards(judge() if 'rm' in weights else None, {n:named_function(n) for n in weights if n!='rm'}, weights, scale)
 
 def function_rewards(
     name:str, # What it is called
@@ -112,4 +116,5 @@ def all_rewards(
     "What every source says of every completion"
     found = {'rm':score_groups(rewards.judge, packed, rows, dtype)} if rewards.judge else {}
     found |= {name:function_rewards(name, f, prompts, completions).to(packed.ids.device) for name,f in rewards.functions.items()}
-    return found|dict(reward=sum(rewards.weights[name]*values for name,values in found.items()))
+    scaled = {name:group_advantages(values) for name,values in found.items()} if rewards.scale=='group' else found
+    return found|dict(reward=sum(rewards.weights[name]*values for name,values in scaled.items()))

@@ -119,7 +119,7 @@ def policy_facts(
     packed:Packed, # A part of the rollout
 ): # TokenFacts, with what the settings need
     "What the policy says of the completions now"
-    with compute_context(models.dtype, models.device): return token_facts(models.policy, packed, models.ref if cfg.kl=='exact' else None, entropy=True)
+    with compute_context(models.dtype, models.device): return token_facts(models.policy, packed, models.ref if cfg.kl=='exact' else None, 'gradient' if cfg.entropy_bonus else 'value')
 
 @torch.no_grad()
 def sampled_facts(

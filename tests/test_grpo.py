@@ -24,7 +24,7 @@ LONG = dict(max_new_tokens=80)                                   # so that compl
 TWICE = dict(updates=2, clip_low=1e-4, clip_high=1e-4)           # so that ratios leave one
 
 @pytest.mark.parametrize('base, flag', [(LONG, dict(variant='dr_grpo')), (LONG, dict(variant='dapo')), (TWICE, dict(variant='gspo')), (TWICE, dict(variant='cispo')), (LONG, dict(cut_counts=False)),
-    (TWICE, dict(clip_low=.2)), (TWICE, dict(clip_high=.2)), (dict(updates=2), dict(kl_ratio=True)), *(({}, flag) for flag in (
+    (TWICE, dict(clip_low=.2)), (TWICE, dict(clip_high=.2)), (dict(updates=2), dict(kl_ratio=True)), (dict(advantages='centred'), dict(reward_scale='group')), *(({}, flag) for flag in (
     dict(advantages='centred'), dict(advantages='rloo'), dict(beta=0.), dict(kl='k1', kl_in='reward'), dict(kl='exact', kl_in='reward'), dict(kl='k2'), dict(kl='exact'), dict(kl_ratio=True),
     dict(kl_target=1e-4), dict(updates=2), dict(entropy_bonus=.1), dict(diversity_bonus=1.), dict(group_size=2), dict(learning_rate=2e-3), dict(max_steps=3), dict(max_new_tokens=4),
     dict(max_prompt_tokens=8), dict(seed=1), dict(prompts_per_step=4), dict(density_aware=False), dict(alpha='2'), dict(dtype='bfloat16'), dict(objective='pairwise'),
