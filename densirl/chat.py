@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 import numpy as np
 from .config import StageConfig, where
+from .dist import join_ranks
 from .files import need, read_jsonl, write_jsonl
 from .models import encode_prompt, load_policy, load_tokenizer, model_name, prompt_messages, start_path
 from .rollout import completion_uniforms, generate
@@ -77,9 +78,10 @@ def run_chat(
     cfg:ChatConfig, # Settings
 )->Path|None: # The file of answers, if there is one
     "Answer a file, or a person until nothing more is said"
+    if cfg.temperature<0: raise ValueError(f'temperature is {cfg.temperature:g}; give 0 for the likeliest token, or more.')
     rows = read_prompts(need(cfg.path(cfg.prompts_file), 'source')) if cfg.prompts_file else None
     folder = start_path(cfg.ckpt_path, cfg.path(cfg.ckpt_path), 'grpo')
-    policy,tokenizer,messages = load_policy(folder),load_tokenizer(folder),[]
+    policy,tokenizer,messages = load_policy(folder, device=join_ranks().device),load_tokenizer(folder),[]
     if rows is not None:
         write_jsonl(cfg.path(cfg.answers_path), answered(policy, tokenizer, rows, cfg))
         return cfg.path(cfg.answers_path)

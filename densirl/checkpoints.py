@@ -9,7 +9,7 @@ __all__ = ['write_checkpoint', 'read_checkpoint']
 import os, shutil, tempfile
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-from .files import file_hash, read_json, write_json
+from .files import file_hash, raise_if_full, read_json, write_json
 from .runs import checkpoint_home
 
 # %% ../nbs/core/21_checkpoints.ipynb #cell-5
@@ -23,8 +23,13 @@ def write_checkpoint(
     home = checkpoint_home(folder)
     home.mkdir(parents=True, exist_ok=True)
     half,done = Path(tempfile.mkdtemp(dir=home, prefix='half.')),home/f'step_{step:08d}'
-    save_file({k:t.detach().cpu().contiguous() for k,t in tensors.items()}, half/'tensors.safetensors')
-    write_json(half/'state.json', dict(state, step=step, hash=file_hash(half/'tensors.safetensors')))
+    try:
+        save_file({k:t.detach().cpu().contiguous() for k,t in tensors.items()}, half/'tensors.safetensors')
+        write_json(half/'state.json', dict(state, step=step, hash=file_hash(half/'tensors.safetensors')))
+    except BaseException as error:
+        shutil.rmtree(half)
+        raise_if_full(error, home)
+        raise
     if done.exists(): shutil.rmtree(done)
     os.rename(half, done)
     for other in home.iterdir():

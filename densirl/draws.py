@@ -80,7 +80,7 @@ def policy_densities(
     policy, # The policy as it is now
     tokenizer, # Its tokenizer
     prompts:list, # Prompts to draw from
-    max_tokens:int, # Longer prompts are cut from the left
+    max_tokens:int, # Of longer prompts the first ones are read
     ranks:Ranks, # Who we are; each embeds its part, and the first one measures
 )->np.ndarray: # (n,) log density, the same on every rank
     "The density of prompts in the policy's own hidden states"
@@ -88,7 +88,7 @@ def policy_densities(
     parts,logs = gather(mine, ranks),None
     if ranks.main:
         rows = spread_out(in_turn(parts), 'centre')
-        distances,indices,_ = nearest_neighbours(rows, cfg.density_k)
+        distances,indices,_ = nearest_neighbours(rows, max(cfg.density_k, 10))
         clusters = cluster(rows) if cfg.density_estimator=='cluster' else np.zeros(len(rows), int)
         near = Neighbourhoods(distances, indices, np.array([p['count'] for p in prompts]), clusters)
         logs = log_density(near, cfg.density_k, cfg.density_estimator)

@@ -122,10 +122,10 @@ def token_facts(
 def last_states(
     model, # A causal or sequence-classification model of the transformers library
     packed:Packed, # On the model's device
+    pad:int|None, # The padding token of the model whose head will read
 )->Tensor: # (groups, G, width)
     "The hidden state of each completion's last token that is not the padding token"
     hidden,ends = group_hidden(model, packed),packed.mask.sum(-1, keepdim=True)-1
-    pad = getattr(model.config, 'pad_token_id', None)
     read = packed.last if pad is None else torch.where(packed.target.gather(-1, ends)==pad, packed.source.gather(-1, ends), packed.last[...,None]).squeeze(-1)
     return hidden[torch.arange(len(hidden), device=hidden.device)[:,None], read]
 
@@ -141,4 +141,4 @@ def completion_rewards(
     packed:Packed, # On the model's device
 )->Tensor: # (groups, G, heads) in fp32
     "The rewards of each completion, read at its last token"
-    return rewards_of(model, last_states(model, packed))
+    return rewards_of(model, last_states(model, packed, model.config.pad_token_id))

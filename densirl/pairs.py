@@ -66,7 +66,7 @@ def pair_states(
     states = torch.empty(len(encoded), 2, model.config.hidden_size)
     for part in length_parts(lengths, range(len(encoded)), most, pass_tokens(device)):
         packed = pack_groups(*zip(*(encoded[i] for i in part))).to(device)
-        with compute_context(dtype, device): states[part] = last_states(model, packed).float().cpu()
+        with compute_context(dtype, device): states[part] = last_states(model, packed, model.config.pad_token_id).float().cpu()
     return states
 
 # %% ../nbs/core/43_pairs.ipynb #cell-11

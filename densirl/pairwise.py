@@ -41,9 +41,10 @@ def pairwise_update(
     for i in range(0, len(encoded), models.rows):
         packed = pack_groups(*zip(*encoded[i:i+models.rows])).to(models.device)
         with compute_context(models.dtype, models.device):
-            rewards = judge.combine(rewards_of(judge.model, last_states(models.policy, packed)))
-            kl = token_facts(models.policy, packed, models.ref).kl.sum(-1)/packed.mask.sum(-1)
-        loss = pairwise_loss(rewards[:,0], rewards[:,1], kl[:,0], kl[:,1], beta)
+            rewards = judge.combine(rewards_of(judge.model, last_states(models.policy, packed, judge.model.config.pad_token_id)))
+            kl = token_facts(models.policy, packed, models.ref).kl.sum(-1)
+            away = kl/packed.mask.sum(-1)
+        loss = pairwise_loss(rewards[:,0], rewards[:,1], away[:,0], away[:,1], beta)
         (loss*len(packed.ids)/len(encoded)).backward()
         found.append(torch.stack([loss.detach().expand(len(kl)), (rewards[:,0]>rewards[:,1]).float(), kl.detach().mean(-1)], -1))
     norm = optimizer_step(models.policy, optimizer, ranks)

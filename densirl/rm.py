@@ -227,7 +227,7 @@ def train_rm(
         separate_padding(model, tokenizer)
         optimizer = make_optimizer(model, cfg.learning_rate)
         done,kept = resume_training(run, model, optimizer, ranks)
-        dtype = getattr(torch, kept['dtype']) if done else agreed_dtype(ranks, start)
+        dtype = getattr(torch, kept['dtype']) if done else agreed_dtype(ranks, cfg.path('.cache'))
         lessons,probs = make_lessons(cfg, model, tokenizer, pairs, names, dtype, ranks)
         unseen = encode_pairs(held_out, tokenizer, cfg.max_prompt_tokens, cfg.max_completion_tokens)
         progress = Progress(run, cfg.max_steps, 'reward model', done)

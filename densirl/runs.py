@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import densirl
 from .config import StageConfig, digest, science
-from .files import MADE_BY, WHAT, file_hash, need, read_json, read_jsonl, remove_halves, text_hash, write_json
+from .files import MADE_BY, WHAT, file_hash, need, raise_if_full, read_json, read_jsonl, remove_halves, text_hash, write_json
 
 # %% ../nbs/core/10_runs.ipynb #cell-5
 PACKAGE_DATA = dict(corpus='phrases', report='templates') # Module → folder of texts that it reads
@@ -116,7 +116,12 @@ class Run:
     )->None:
         "Append one line to a log of the run"
         if not self.main: return
-        with open(self.folder/f'{name}.jsonl', 'a', encoding='utf-8') as file: file.write(json.dumps(record, ensure_ascii=False)+'\n')
+        path = self.folder/f'{name}.jsonl'
+        try:
+            with open(path, 'a', encoding='utf-8') as file: file.write(json.dumps(record, ensure_ascii=False)+'\n')
+        except OSError as error:
+            raise_if_full(error, path)
+            raise
 
     def sizes(self)->dict: # Name of a log → bytes
         "How far the logs have been written"

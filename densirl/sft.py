@@ -13,11 +13,11 @@ import torch
 from .config import StageConfig, where
 from .data import read_folds, select_pairs
 from .dist import Ranks, gather, join_ranks, mean_of
-from .files import read_jsonl, repo_root
+from .files import read_json, read_jsonl, repo_root, write_json
 from .logps import compute_context, pack_groups, token_facts
 from .models import (BUILT_IN, compute_dtype, encode_completion, encode_prompt, load_policy, load_tokenizer,
     model_folder, model_input, model_name, prompt_messages, save_model, start_path)
-from .runs import open_run, read_manifest, up_to_date
+from .runs import open_run, up_to_date
 from .sampler import epoch_batches, rank_slice
 from .trainer import Progress, make_optimizer, optimizer_step
 
@@ -70,11 +70,14 @@ def start_folder(
 
 def agreed_dtype(
     ranks:Ranks, # Who we are
-    start:str='', # The model that a run begins with
-)->torch.dtype: # The same on every rank
-    "Precision of products: that of the run which made the starting model, so that a study has one; where none did, what the main rank measures"
-    made = read_manifest(start).get('facts', {}).get('dtype') if start else None
-    return getattr(torch, made.removeprefix('torch.')) if made else gather(compute_dtype(ranks.device) if ranks.main else None, ranks)[0]
+    home:Path, # Folder that remembers it
+)->torch.dtype: # The same on every rank, and for every run from this folder on
+    "Precision of products: measured once by whoever comes first, then kept, so that arms cannot differ in it"
+    kind = ranks.device.split(':')[0]
+    path = Path(home)/f'precision_{kind}.json'
+    if ranks.main and not path.exists(): write_json(path, dict(dtype=str(compute_dtype(kind)).removeprefix('torch.')))
+    gather(None, ranks)
+    return getattr(torch, read_json(path)['dtype'])
 
 def skip_stage(
     cfg:StageConfig, # Settings of a run
@@ -93,7 +96,7 @@ def train_sft(
     with open_run(cfg, ranks.main) as run:
         pairs = select_pairs(read_jsonl(cfg.path(cfg.pairs_path)), read_folds(cfg.path(cfg.prompts_path)), 'policy', 'sft')
         folder = start_folder(cfg, pairs, ranks)
-        tokenizer,model,dtype = load_tokenizer(folder),load_policy(folder, device=ranks.device),agreed_dtype(ranks)
+        tokenizer,model,dtype = load_tokenizer(folder),load_policy(folder, device=ranks.device),agreed_dtype(ranks, cfg.path('.cache'))
         prompts = [encode_prompt(tokenizer, prompt_messages(p), cfg.max_prompt_tokens) for p in pairs]
         completions = [encode_completion(tokenizer, p['chosen'], cfg.max_completion_tokens) for p in pairs]
         optimizer,progress = make_optimizer(model, cfg.learning_rate),Progress(run, cfg.max_steps, 'sft')

@@ -29,7 +29,7 @@ class UpdateConfig(DrawConfig):
     "What decides how a policy learns from its completions"
     group_size:int = 8 # Completions of each prompt
     learning_rate:float = 1e-5 # AdamW's step size
-    variant:Variant = 'grpo' # Which objective
+    variant:Variant = 'grpo' # Which objective; published with: dr_grpo --advantages centred, dapo --clip_high .28 --beta 0 --cut_counts=False, gspo --clip_low 3e-4 --clip_high 4e-4
     advantages:Literal['std','centred','rloo'] = 'std' # A reward in its group's standard deviations, as it is, or beside the others
     beta:float = .1 # Weight of the distance to the reference
     kl:Literal['k1','k2','k3','exact'] = 'k3' # How the distance is taken: an estimate from the sampled token, or over the whole vocabulary
@@ -52,7 +52,7 @@ class Models:
     "The models of a run on one rank"
     policy:torch.nn.Module # Trained, fp32
     sampler:torch.nn.Module # The policy, or its copy in the precision of sampling
-    ref:torch.nn.Module # Frozen at the start
+    ref:torch.nn.Module # Frozen at the start, fp32, so that its distance from the policy begins at zero
     rewards:Rewards # What completions are worth
     tokenizer:object # One vocabulary for all
     folder:str # Where policy and reference came from
@@ -84,7 +84,7 @@ def roll_out(
     "Sample completions and let rewards and reference read them"
     eos,ids = models.tokenizer.eos_token_id,[encode_prompt(models.tokenizer, prompt_messages(p), max_tokens+1) for p in prompts]
     cut,ids = [len(row)>max_tokens for row in ids],[row[-max_tokens:] for row in ids]
-    groups = generate(models.sampler, ids, uniforms, eos)
+    groups = [g for i in range(0, len(ids), models.rows) for g in generate(models.sampler, ids[i:i+models.rows], uniforms[i:i+models.rows], eos)]
     packed = pack_groups(ids, groups).to(models.device)
     texts = [[models.tokenizer.decode(row, skip_special_tokens=True) for row in group] for group in groups]
     with compute_context(models.dtype, models.device):
@@ -200,9 +200,10 @@ def rollout_metrics(
 
 def flat_groups(
     rollout:Rollout, # Completions and their rewards
-)->torch.Tensor: # (groups,) True where all rewards are equal
+)->torch.Tensor: # (groups,) True where all rewards are equal, before bonuses
     "The groups that teach nothing"
-    return rollout.rewards['reward'].std(-1)<1e-3
+    low,high = rollout.rewards['reward'].aminmax(dim=-1)
+    return high-low<=1e-6*high.abs().clamp(min=1)
 
 # %% ../nbs/core/52_updates.ipynb #cell-18
 def merge_rollouts(

@@ -1,5 +1,5 @@
 """What would let a policy learn something else than it says, or end somewhere else after a crash."""
-import os, signal, subprocess, sys, time
+import os, re, shlex, signal, subprocess, sys, time
 import numpy as np
 import pytest
 import torch
@@ -7,10 +7,12 @@ from safetensors.torch import load_file
 from scipy.stats import chisquare
 
 from conftest import ROOT, densirl as call
-from densirl.config import config_flags, make_config
-from densirl.grpo import GrpoConfig, train_grpo
+from densirl.config import cli_config, config_flags, make_config
+from densirl.files import read_jsonl
+from densirl.grpo import GrpoConfig, first_policy, load_models, train_grpo
 from densirl.rollout import completion_uniforms, pick_tokens
 from densirl.runs import checkpoint_home, read_log, read_manifest
+from densirl.updates import UpdateConfig, merge_rollouts, roll_out, rollout_metrics, sampled_facts
 
 def config(root, name, **given): return make_config(GrpoConfig, 'test', **{'root': str(root), 'out_dir': f'outs/policies/{name}', **given})
 def weights(folder): return load_file(folder/'model.safetensors')
@@ -40,6 +42,35 @@ def test_the_size_of_a_pass_changes_memory_not_results(tiny_run, plain):
     for a, b in zip(steps(plain), steps(out), strict=True):
         for k in a: assert a[k] == pytest.approx(b[k], abs=1e-4), k
 
+def rolled(tiny_run, dtype=torch.float32, cut=48):
+    "Models, and what they make of the first policy prompts, each with chance of its own"
+    cfg = config(tiny_run, 'unused')
+    models = load_models(cfg, *first_policy(cfg, 'cpu'), dtype)
+    prompts = [p for p in read_jsonl(tiny_run/'.cache/data/prompts_all.jsonl') if p['fold'] == 'policy']
+    return models, lambda *which: roll_out(models, [prompts[i] for i in which], cut, np.stack([completion_uniforms(0, 0, i, 4, 12 if len(which) > 1 else 18) for i in which]))
+
+def test_a_group_in_anothers_place_is_all_there(tiny_run):
+    _, roll = rolled(tiny_run)
+    merged, plain = merge_rollouts(roll(0, 1, 2), roll(3), [1]), roll(0, 3, 2)
+    n = min(merged.ref_logps.shape[-1], plain.ref_logps.shape[-1])
+    assert [merged.texts[i] == plain.texts[i] for i in (0, 2)] == [True, True] and merged.texts[1] == roll(3).texts[0] != roll(0, 1, 2).texts[1]
+    for rows in (merged, roll(3)): assert torch.isfinite(rows.ref_logps).all()
+    torch.testing.assert_close(merged.ref_logps[[0, 2], :, :n], plain.ref_logps[[0, 2], :, :n], atol=1e-5, rtol=0)
+    alone = roll(3).ref_logps[0]
+    torch.testing.assert_close(merged.ref_logps[1, :, :alone.shape[-1]], alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(merged.rewards['reward'][1], roll(3).rewards['reward'][0], atol=1e-5, rtol=0)
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_way_from_the_reference_begins_at_zero(tiny_run, dtype):
+    models, roll = rolled(tiny_run, dtype)
+    rollout = roll(0, 1)
+    facts = sampled_facts(UpdateConfig(kl='exact'), models, rollout)
+    assert (facts.logps-rollout.ref_logps).abs().max() == 0 and facts.kl.abs().max() < 1e-6
+
+def test_prompts_that_are_too_long_are_cut_and_counted(tiny_run):
+    rollout = rolled(tiny_run, cut=8)[1](0, 1)
+    assert rollout.cut == [True, True] and {len(ids) for ids in rollout.ids} == {8} and rollout_metrics(rollout)['cut_prompts'] == 1
+
 def test_tokens_follow_the_model():
     "100,000 draws from 64 tokens, with the chance of real runs"
     logits = torch.randn(64, generator=torch.Generator().manual_seed(0))
@@ -49,11 +80,11 @@ def test_tokens_follow_the_model():
 
 GIVEN = dict(max_steps=12, save_every=2, eval_every=4, density_aware=True, refresh_every=3, kl_target=1e-3, updates=2, resample=1)
 
-def start(cfg):
-    "The command line in a process of its own, once it has a checkpoint"
+def start(cfg, after=2):
+    "The command line in a process of its own, once it has a checkpoint of a step"
     env = os.environ | {'DENSIRL_ROOT': str(ROOT), 'OMP_NUM_THREADS': '1'}
     process = subprocess.Popen([sys.executable, '-m', 'densirl.cli', 'grpo', *config_flags(cfg)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None and not list(checkpoint_home(cfg.path(cfg.out_dir)).glob('step_*')): time.sleep(.01)
+    while process.poll() is None and not (checkpoint_home(cfg.path(cfg.out_dir))/f'step_{after:08d}').exists(): time.sleep(.002)
     return process
 
 @pytest.fixture(scope='module')
@@ -61,13 +92,17 @@ def whole(tiny_run):
     torch.set_num_threads(1)
     return train_grpo(config(tiny_run, 'whole', **GIVEN))
 
-@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
-def test_a_stopped_run_goes_on_to_the_same_end(tiny_run, whole, how):
-    cfg = config(tiny_run, f'stopped_{how.name}', **GIVEN)
-    out, process = cfg.path(cfg.out_dir), start(cfg)
+@pytest.mark.parametrize('how, after', [(signal.SIGKILL, 4), (signal.SIGKILL, 8), (signal.SIGTERM, 4)], ids=str)
+def test_a_stopped_run_goes_on_to_the_same_end(tiny_run, whole, how, after):
+    "Checkpoints 4 and 8 lie behind a refreshed density and are no steps at which it is refreshed"
+    cfg = config(tiny_run, f'stopped_{how.name}_{after}', force=how == signal.SIGTERM, **GIVEN)
+    out, process = cfg.path(cfg.out_dir), start(cfg, after)
     process.send_signal(how)
     said, _ = process.communicate()
-    if how == signal.SIGTERM: assert process.returncode == 0 and 'resume with: densirl grpo' in said
+    if how == signal.SIGTERM:
+        assert process.returncode == 0
+        words = shlex.split(re.search('resume with: densirl grpo (.*)', said)[1])
+        cfg = cli_config(GrpoConfig, words, 'densirl grpo')
     assert read_manifest(out)['status'] == 'running' and checkpoint_home(out).exists()
     torch.set_num_threads(1)
     train_grpo(cfg)
@@ -132,7 +167,7 @@ def test_flat_groups_are_replaced_and_said(tiny_run, tmp_path, monkeypatch):
     assert sum(len(d['flat']) for d in without) > sum(len(d['flat']) for d in replaced) and any(d['replaced'] for d in replaced)
     assert not any(d['replaced'] for d in without)
 
-@pytest.mark.parametrize('given, said', [(dict(rewards='no.such=1'), 'no function'), (dict(group_size=1), 'at least 2'), (dict(updates=0), 'at least 1'), (dict(kl_target=1., beta=0.), 'nothing to steer'),
-    (dict(kl_ratio=True, kl='exact'), 'leave it out'), (dict(objective='pairwise', rewards='math_rewards.length=1'), 'needs the head'), (dict(max_new_tokens=4000), 'reads 1024 tokens'), (dict(eval_prompts=10**6), 'lower --eval_prompts')], ids=str)
+@pytest.mark.parametrize('given, said', [(dict(rewards='no.such=1'), 'no function'), (dict(group_size=1), 'at least 2'), (dict(updates=0), 'at least 1'), (dict(eval_every=0), 'eval_every is 0'), (dict(objective='pairwise', updates=3), '--updates belong'), (dict(resample=1, replacement=False), 'leave one'), (dict(kl_target=1., beta=0.), 'nothing to steer'),
+    (dict(kl_ratio=True, kl='exact'), 'leave it out'), (dict(objective='pairwise', rewards='math_rewards.length=1'), 'head of a reward model alone'), (dict(max_new_tokens=4000), 'reads 1024 tokens'), (dict(eval_prompts=10**6), 'lower --eval_prompts')], ids=str)
 def test_bad_settings_are_a_sentence(tiny_run, given, said):
     with pytest.raises(ValueError, match=said): train_grpo(config(tiny_run, 'bad', **given))

@@ -7,7 +7,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from densirl.logps import pack_groups, token_facts
 from densirl.models import load_tokenizer, make_tiny
-from densirl.objectives import group_advantages, kl_estimate, policy_ratio, token_losses, token_shares
+from densirl.objectives import group_advantages
+from densirl.updates import UpdateConfig, part_loss
 
 PROMPTS, LONGEST = [[5, 6, 7], [8]], 4
 COMPLETIONS = [[[11, 12, 2], [21, 2]], [[31, 9, 14, 15], [41, 42, 43, 2]]]
@@ -38,14 +39,10 @@ def test_losses_and_gradients_are_those_of_trl(tokenizer, tmp_path, variant, bet
     with torch.no_grad(): logps, ref_logps = (token_facts(m, packed).logps for m in (model, ref))
     old_logps = logps+.3*torch.randn(logps.shape, generator=torch.Generator().manual_seed(3))    # so that some ratios are clipped and some are not
     advantages = group_advantages(torch.tensor([[1., 3.], [2., -1.]]))
-    clip = dict(clip_high=.2) if variant == 'cispo' else dict(clip_low=.1, clip_high=.15)
+    tokens, clip = int(packed.mask.sum()), dict(clip_high=.2) if variant == 'cispo' else dict(clip_low=.1, clip_high=.15)
 
-    logps = token_facts(model, packed).logps
-    ratio = policy_ratio(logps, old_logps, packed.mask, variant)
-    losses, stopped = token_losses(ratio, logps, advantages, variant, **clip)
-    kl = kl_estimate(logps, ref_logps, 'k3')*(ratio if corrected else 1)
-    tokens = int(packed.mask.sum())
-    loss = ((losses+beta*kl)*token_shares(packed.mask, variant, 4, tokens, LONGEST)).sum()
+    cfg = UpdateConfig(variant=variant, kl_ratio=corrected, max_new_tokens=LONGEST, **clip)
+    loss, stopped = part_loss(cfg, token_facts(model, packed), old_logps, ref_logps, advantages, packed.mask, beta, (4, tokens))
     loss.backward()
     ours = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
