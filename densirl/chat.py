@@ -15,6 +15,7 @@ from .dist import join_ranks
 from .files import need, read_jsonl, write_jsonl
 from .models import encode_prompt, load_policy, load_tokenizer, model_name, prompt_messages, start_path
 from .rollout import completion_uniforms, generate
+from .runs import read_manifest
 
 # %% ../nbs/core/85_chat.ipynb #cell-4
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def run_chat(
     if cfg.temperature<0: raise ValueError(f'temperature is {cfg.temperature:g}; give 0 for the likeliest token, or more.')
     rows = read_prompts(need(cfg.path(cfg.prompts_file), 'source')) if cfg.prompts_file else None
     folder = start_path(cfg.ckpt_path, cfg.path(cfg.ckpt_path), 'grpo')
+    if read_manifest(folder).get('status', 'complete')!='complete': raise RuntimeError(f'The run at {folder} is not finished; give the command that began it again, or another --ckpt_path.')
     policy,tokenizer,messages = load_policy(folder, device=join_ranks().device),load_tokenizer(folder),[]
     if rows is not None:
         write_jsonl(cfg.path(cfg.answers_path), answered(policy, tokenizer, rows, cfg))

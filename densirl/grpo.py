@@ -279,7 +279,7 @@ def check_settings(
         (cfg.kl_target and not (groups and cfg.beta>0), f'kl_target is {cfg.kl_target:g} and there is nothing to steer; give --objective groups and a --beta above 0'),
         (cfg.kl_ratio and (cfg.kl_in=='reward' or cfg.kl=='exact'), f'kl_ratio corrects an estimate in the loss, and kl is {cfg.kl} in the {cfg.kl_in}; leave it out'),
         (cfg.resample and not cfg.replacement, f'resample is {cfg.resample}, which may draw a prompt again, and replacement is False; leave one of them out'),
-        (min(cfg.beta, cfg.kl_target, cfg.clip_low, cfg.clip_high)<0, f'beta {cfg.beta:g}, kl_target {cfg.kl_target:g}, clip_low {cfg.clip_low:g} and clip_high {cfg.clip_high:g} must not be below 0'),
+        *((not 0<=getattr(cfg, n)<float('inf'), f'{n} is {getattr(cfg, n):g}; give a number from 0 up') for n in ('beta','kl_target','clip_low','clip_high')),
         (not groups and list(source_weights(cfg.rewards))!=['rm'], f'rewards is {cfg.rewards}, and the pairwise objective reads the head of a reward model alone; give --rewards rm=1'),
         (not groups and idle, f'{idle} belong to groups and say nothing to the pairwise objective; leave them out')) if bad]
     if wrong: raise ValueError(wrong[0]+'.')

@@ -89,8 +89,10 @@ def source_weights(
     text:str, # 'rm=1,package.module.function=0.5'; empty is the reward model alone
 )->dict: # Name → weight
     "Read the sources of reward and their weights"
-    try: weights = {name.strip():float(value) for name,value in (part.rsplit('=', 1) for part in (text or 'rm=1').split(','))}
+    parts = (text or 'rm=1').split(',')
+    try: weights = {name.strip():float(value) for name,value in (part.rsplit('=', 1) for part in parts)}
     except ValueError as error: raise ValueError(f'The rewards are {text!r}; give them as name=weight, with commas between.') from error
+    if len(weights)<len(parts): raise ValueError(f'The rewards are {text!r}; name each source once.')
     if not all(map(isfinite, weights.values())): raise ValueError(f'The rewards are {text!r}; give weights that are numbers.')
     return weights
 

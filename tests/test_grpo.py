@@ -167,7 +167,7 @@ def test_flat_groups_are_replaced_and_said(tiny_run, tmp_path, monkeypatch):
     assert sum(len(d['flat']) for d in without) > sum(len(d['flat']) for d in replaced) and any(d['replaced'] for d in replaced)
     assert not any(d['replaced'] for d in without)
 
-@pytest.mark.parametrize('given, said', [(dict(rewards='no.such=1'), 'no function'), (dict(group_size=1), 'at least 2'), (dict(updates=0), 'at least 1'), (dict(eval_every=0), 'eval_every is 0'), (dict(objective='pairwise', updates=3), '--updates belong'), (dict(resample=1, replacement=False), 'leave one'), (dict(kl_target=1., beta=0.), 'nothing to steer'),
+@pytest.mark.parametrize('given, said', [(dict(rewards='no.such=1'), 'no function'), (dict(group_size=1), 'at least 2'), (dict(updates=0), 'at least 1'), (dict(beta=float('nan')), 'beta is nan'), (dict(rewards='rm=1,rm=2'), 'once'), (dict(eval_every=0), 'eval_every is 0'), (dict(objective='pairwise', updates=3), '--updates belong'), (dict(resample=1, replacement=False), 'leave one'), (dict(kl_target=1., beta=0.), 'nothing to steer'),
     (dict(kl_ratio=True, kl='exact'), 'leave it out'), (dict(objective='pairwise', rewards='math_rewards.length=1'), 'head of a reward model alone'), (dict(max_new_tokens=4000), 'reads 1024 tokens'), (dict(eval_prompts=10**6), 'lower --eval_prompts')], ids=str)
 def test_bad_settings_are_a_sentence(tiny_run, given, said):
     with pytest.raises(ValueError, match=said): train_grpo(config(tiny_run, 'bad', **given))
