@@ -19,7 +19,7 @@ from .data import read_folds, select_pairs
 from .dist import Ranks, gather, join_ranks, mean_of
 from .draws import Draws, policy_densities, stored_densities
 from .files import read_jsonl
-from .habits import HABITS, habit_rate
+from .habits import HABITS
 from .logps import compute_context, token_facts
 from .models import load_policy, load_tokenizer, model_input, model_name, save_model, start_path
 from .objectives import steered

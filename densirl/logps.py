@@ -30,6 +30,7 @@ class Packed:
 
     def to(self, device:str)->'Packed': return Packed(**{k:v.to(device) for k,v in vars(self).items()})
     def rows(self, start:int, stop:int)->'Packed': return Packed(**{k:v[start:stop] for k,v in vars(self).items()})
+    def parts(self, rows:int): return (self.rows(i, i+rows) for i in range(0, len(self.ids), rows))
 
 # %% ../nbs/core/25_logps.ipynb #cell-6
 def pack_groups(

@@ -18,7 +18,7 @@ from .config import StageConfig, cli_config, make_config, where
 from .data import DataConfig, PromptsConfig, make_data, make_prompts
 from .density import DensityConfig, make_density
 from .files import need, repo_root
-from .grpo import GrpoConfig, train_grpo
+from .grpo import GrpoConfig, eval_steps, train_grpo
 from .launch import ALLOCATOR, cpu_cores, stage_command
 from .mode_collapse import EvalConfig, make_eval
 from .report import DEMO, ReportConfig, make_report
@@ -95,7 +95,7 @@ def expected_tokens(
     if c.stage=='rm': return (c.max_steps//c.eval_every+1)*c.held_out*(prompt+2*c.max_completion_tokens),c.max_steps*c.batch_size*(prompt+2*c.max_completion_tokens)
     if c.stage=='grpo':
         batch = c.max_steps*c.prompts_per_step*(prompt+c.group_size*c.max_new_tokens)
-        held_out = (c.max_steps//c.eval_every+1)*c.eval_prompts*(prompt+c.eval_samples*c.max_new_tokens)
+        held_out = len(eval_steps(c))*c.eval_prompts*(prompt+c.eval_samples*c.max_new_tokens)
         return 3*batch+4*held_out,batch
     return 0,0
 

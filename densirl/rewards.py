@@ -57,10 +57,7 @@ def score_groups(
     dtype:torch.dtype=torch.float32, # Precision of the products
 )->Tensor: # (groups, G) rewards in fp32
     "The reward of every completion"
-    parts = []
-    for i in range(0, len(packed.ids), rows):
-        with compute_context(dtype, packed.ids.device.type): parts.append(judge.combine(completion_rewards(judge.model, packed.rows(i, i+rows))))
-    rewards = torch.cat(parts)
+    with compute_context(dtype, packed.ids.device.type): rewards = torch.cat([judge.combine(completion_rewards(judge.model, part)) for part in packed.parts(rows)])
     if not rewards.isfinite().all():
         raise FloatingPointError('The reward model gave a reward that is not a number; train it again with a lower --learning_rate.')
     return rewards

@@ -17,7 +17,7 @@ from .arms import ArmConfig, fitting_density, pair_weights
 from .config import science, where
 from .data import read_folds, select_pairs
 from .dist import Ranks, gather, in_turn, join_ranks, mean_of
-from .files import atomic, read_jsonl, write_json
+from .files import atomic, read_jsonl
 from .heads import aspects_of, head_names, head_weights, own_rewards, prepare_model
 from .judging import judge_facts, judge_line, judge_table
 from .logps import compute_context, completion_rewards, pack_groups, rewards_of

@@ -87,11 +87,10 @@ def roll_out(
     groups = [g for i in range(0, len(ids), models.rows) for g in generate(models.sampler, ids[i:i+models.rows], uniforms[i:i+models.rows], eos)]
     packed = pack_groups(ids, groups).to(models.device)
     texts = [[models.tokenizer.decode(row, skip_special_tokens=True) for row in group] for group in groups]
-    with compute_context(models.dtype, models.device):
-        parts = [token_facts(models.ref, packed.rows(i, i+models.rows)).logps for i in range(0, len(ids), models.rows)]
+    with compute_context(models.dtype, models.device): ref_logps = torch.cat([token_facts(models.ref, part).logps for part in packed.parts(models.rows)])
     ended = torch.tensor([[float(row[-1]==eos) for row in group] for group in groups], device=models.device)
     rewards = all_rewards(models.rewards, packed, [p['prompt'] for p in prompts], texts, models.rows, models.dtype)
-    return Rollout(ids, cut, groups, packed, texts, rewards, torch.cat(parts), ended)
+    return Rollout(ids, cut, groups, packed, texts, rewards, ref_logps, ended)
 
 # %% ../nbs/core/52_updates.ipynb #cell-9
 def share_that_differs(
@@ -128,7 +127,7 @@ def sampled_facts(
     rollout:Rollout, # Completions
 ): # TokenFacts of all groups
     "What the policy said of the completions before it moves"
-    parts = [policy_facts(cfg, models, rollout.packed.rows(p.start, p.stop)) for p in rollout.parts(models.rows)]
+    parts = [policy_facts(cfg, models, part) for part in rollout.packed.parts(models.rows)]
     return TokenFacts(*(torch.cat([getattr(p, name) for p in parts]) for name in ('logps','entropy','kl')))
 
 def part_loss(
