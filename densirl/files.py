@@ -172,9 +172,9 @@ def read_jsonl(
 
 # %% ../nbs/core/01_files.ipynb #cell-27
 MADE_BY = dict(pairs='densirl data', prompts='densirl prompts', density='densirl density', sft='densirl sft',
-    rm='densirl rm', grpo='densirl grpo', baseline='densirl grpo --density_aware=False', eval='densirl eval')
+    rm='densirl rm', grpo='densirl grpo', baseline='densirl grpo --density_aware=False', eval='densirl eval', compare='densirl compare')
 WHAT = dict(pairs='file of preference pairs', prompts='file of prompts', density='density file', sft='SFT checkpoint',
-    rm='reward model', grpo='density-aware policy', baseline='uniform policy', eval='evaluation', source='source file')
+    rm='reward model', grpo='density-aware policy', baseline='uniform policy', eval='evaluation', compare='comparison', plan='pre-registration', source='source file')
 
 def need(
     path:Path, # File or folder that a stage reads

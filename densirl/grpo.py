@@ -41,7 +41,7 @@ class GrpoConfig(UpdateConfig):
     module:ClassVar[str] = 'grpo'
     profiles:ClassVar[dict] = dict(
         demo=dict(max_steps=30, prompts_per_step=4, learning_rate=5e-5, beta=.02, max_prompt_tokens=48,
-            max_new_tokens=10, eval_every=10, eval_prompts=15, device_batch_size=32),
+            max_new_tokens=10, eval_every=10, eval_prompts=30, device_batch_size=32),
         test=dict(max_steps=2, prompts_per_step=2, group_size=4, learning_rate=1e-3, max_prompt_tokens=48,
             max_new_tokens=6, eval_every=1, eval_prompts=6, eval_samples=2, device_batch_size=8))
     dtype:Literal['auto','float32','bfloat16'] = 'auto' # Precision of products; auto measures once and keeps it, for all runs of a study
@@ -60,6 +60,7 @@ class GrpoConfig(UpdateConfig):
     sft_ckpt_path:str = where('outs/sft') # Policy and reference: an SFT run, a Hugging Face folder or a hub name
     rm_ckpt_path:str = where('outs/rm') # Reward model
     pairs_path:str = where('.cache/data/pairs_all.jsonl') # Pairs of the pairwise objective; groups need the prompts alone
+    plan_path:str = where('') # Pre-registration, a JSON file; the manifest notes its hash and its commit when the run begins
     out_dir:str = where('') # Run folder; empty is outs/grpo, outs/grpo_baseline when density_aware is False, or either with the name of another arm behind it
 
     def inputs(self):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGE_DATA', 'module_imports', 'code_hash', 'is_file_name', 'manifest_path', 'content_hashes', 'read_manifest',
-           'input_hash', 'run_key', 'up_to_date', 'Run', 'checkpoint_home', 'environment', 'make_room', 'alone',
-           'open_run', 'read_log']
+           'input_hash', 'run_key', 'up_to_date', 'Run', 'checkpoint_home', 'environment', 'make_room', 'registered',
+           'alone', 'open_run', 'read_log']
 
 # %% ../nbs/core/10_runs.ipynb #cell-2
-import ast, fcntl, importlib.metadata, json, os, platform, shutil, time
+import ast, fcntl, importlib.metadata, json, os, platform, shutil, subprocess, time
 from contextlib import contextmanager
 from pathlib import Path
 import densirl
@@ -170,6 +170,16 @@ def make_room(
     else: print(f'{Path(out).name} held a {"run half done" if halfway else "complete run"} of profile {known.get("profile")} ({known["digest"]}); it is kept as {kept.name}', flush=True)
 
 # %% ../nbs/core/10_runs.ipynb #cell-20
+def registered(
+    path:Path, # Pre-registration, a file of a git repository
+)->dict: # hash: of the file; commit: the one that holds it just so, empty where none does
+    "Where a pre-registration stands"
+    def git(*words): return subprocess.run(['git','-C',str(Path(path).parent),*words,'--',Path(path).name], capture_output=True, text=True)
+    changed = git('status','--porcelain')
+    committed = changed.returncode==0 and not changed.stdout.strip()
+    return dict(hash=file_hash(path), commit=git('log','-1','--format=%H').stdout.strip() if committed else '')
+
+# %% ../nbs/core/10_runs.ipynb #cell-23
 @contextmanager
 def alone(
     out:Path, # Run folder
@@ -186,7 +196,7 @@ def alone(
         try: yield
         finally: lock.unlink()
 
-# %% ../nbs/core/10_runs.ipynb #cell-22
+# %% ../nbs/core/10_runs.ipynb #cell-25
 @contextmanager
 def open_run(
     cfg:StageConfig, # Settings of the run
@@ -203,6 +213,8 @@ def open_run(
         key = run_key(cfg)
         manifest = dict(key, profile=cfg.profile, status='running', environment=environment())
         if not is_file_name(out): make_room(out, key, cfg.force)
+        plan = getattr(cfg, 'plan_path', '')
+        if plan: manifest['plan'] = read_manifest(out).get('plan') or registered(need(cfg.path(plan), 'plan'))
         run.folder.mkdir(parents=True, exist_ok=True)
         for file in outputs: remove_halves(file)
         if not is_file_name(out): write_json(manifest_path(out), manifest)
@@ -210,7 +222,7 @@ def open_run(
         write_json(manifest_path(out), dict(manifest, facts=run.facts, outputs=content_hashes(outputs), seconds=round(time.time()-began, 1), status='complete'))
         if not is_file_name(out) and checkpoint_home(out).exists(): shutil.rmtree(checkpoint_home(out))
 
-# %% ../nbs/core/10_runs.ipynb #cell-28
+# %% ../nbs/core/10_runs.ipynb #cell-31
 def read_log(
     folder:Path, # Run folder
     name:str='metrics', # 'metrics' or 'samples'
