@@ -31,6 +31,7 @@ whole experiment: data, density, SFT, reward model, GRPO with and without densit
 Results:
   outs/report/report.html   the comparison, with figures
   outs/report/summary.json  its numbers
+  outs/compare/compare.json the verdict, and all it was made from
   outs/notebooks/           the notebooks as they ran
   outs/.grpo.kept           what outs/grpo held before, if it was complete
 

@@ -8,7 +8,7 @@ __all__ = ['Switch', 'where', 'StageConfig', 'science', 'digest', 'config_diff',
            'field_helps', 'describe']
 
 # %% ../nbs/core/02_config.ipynb #cell-2
-import difflib, hashlib, json, os, sys
+import difflib, hashlib, json, os, re, sys
 from importlib import import_module
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -85,6 +85,7 @@ def coerce(
         if str(value).lower() in truth: return truth[str(value).lower()]
         raise ValueError(f'{name} is {value!r}; give True or False.')
     if kind is str: return str(value)
+    if get_origin(kind) is tuple: return tuple(re.split(r'[,\s]+', value.strip()) if value.strip() else ()) if isinstance(value, str) else tuple(map(str, value))
     try: number = float(value)
     except (TypeError, ValueError): number = None
     if isinstance(value, bool) or number is None or (kind is int and number!=int(number)):
@@ -169,9 +170,9 @@ def config_flags(
     "Flags from which `cli_config` makes `cfg` again"
     marked = get_type_hints(type(cfg), include_extras=True)
     def flag(name, value):
-        if marked[name] is bool: return f'--{name}' if value else f'--no_{name}'
-        return f'--{name}={value}'
-    return [flag(f.name, getattr(cfg, f.name)) for f in fields(cfg)]
+        if marked[name] is bool: return [f'--{name}' if value else f'--no_{name}']
+        return [f'--{name}',*value] if isinstance(value, tuple) else [f'--{name}={value}']
+    return [word for f in fields(cfg) for word in flag(f.name, getattr(cfg, f.name))]
 
 # %% ../nbs/core/02_config.ipynb #cell-32
 def field_helps(cls)->dict: # Field name → the comment beside it

@@ -121,9 +121,10 @@ def model_embedder(
 
 def minilm(
     dtype:torch.dtype=torch.float32, # Of the products
+    max_tokens:int=256, # Longer texts are cut
 )->Embedder: # 384 dimensions
     "MiniLM as its authors use it (Wang et al. 2020, arXiv:2002.10957)"
-    return model_embedder(str(minilm_folder()), dtype=dtype)
+    return model_embedder(str(minilm_folder()), max_tokens, dtype)
 
 # %% ../nbs/core/22_embed.ipynb #cell-22
 def tfidf_embedder(
@@ -158,11 +159,12 @@ def sentence_transformer(
 def load_embedder(
     name:str, # 'minilm', 'tfidf', 'lm', or a sentence-transformers name or folder
     lm_folder:str='', # For 'lm': Hugging Face folder of the policy
+    max_tokens:int=256, # Longer texts are cut; by minilm and lm alone
 )->Embedder: # To be called through `embed_cached`
     "The embedder of a name, in the precision that is faster here"
-    if name=='minilm': return minilm(compute_dtype())
+    if name=='minilm': return minilm(compute_dtype(), max_tokens)
     if name=='tfidf': return tfidf_embedder()
-    if name=='lm': return replace(model_embedder(lm_folder, dtype=compute_dtype()), name='lm')
+    if name=='lm': return replace(model_embedder(lm_folder, max_tokens, compute_dtype()), name='lm')
     return sentence_transformer(name)
 
 # %% ../nbs/core/22_embed.ipynb #cell-28

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 import torch
 from .chat import ChatConfig, run_chat
+from .compare import CompareConfig, make_compare
 from .config import StageConfig, cli_config, make_config, where
 from .data import DataConfig, PromptsConfig, make_data, make_prompts
 from .density import DensityConfig, make_density
@@ -30,7 +31,7 @@ from .trainer import duration
 # %% ../nbs/core/91_pipeline.ipynb #cell-5
 STAGES = dict(data=(DataConfig, make_data), prompts=(PromptsConfig, make_prompts), density=(DensityConfig, make_density),
     sft=(SftConfig, train_sft), rm=(RmConfig, train_rm), grpo=(GrpoConfig, train_grpo), eval=(EvalConfig, make_eval),
-    report=(ReportConfig, make_report), chat=(ChatConfig, run_chat))
+    compare=(CompareConfig, make_compare), report=(ReportConfig, make_report), chat=(ChatConfig, run_chat))
 
 # %% ../nbs/core/91_pipeline.ipynb #cell-7
 def make_inputs(
@@ -42,6 +43,7 @@ def make_inputs(
         config,make = STAGES[name]
         given = dict(profile=cfg.profile, root=cfg.root, seed=cfg.seed)
         make(make_config(config, **given))
+        if name=='rm': make(make_config(config, fold='gold', **given))
         if name=='grpo': make(make_config(config, density_aware=False, **given))
 
 # %% ../nbs/core/91_pipeline.ipynb #cell-9
@@ -83,7 +85,7 @@ def plan(
     return steps+[replace(judges, configs=(*judges.configs, gold)),
         step('03_grpo.density_aware=True', '03_grpo', 'grpo', density_aware=True, **start),
         step('03_grpo.density_aware=False', '03_grpo', 'grpo', density_aware=False, **start),
-        step('04_eval_mode_collapse', '04_eval_mode_collapse', 'eval', 'report')]
+        step('04_eval_mode_collapse', '04_eval_mode_collapse', 'eval', 'compare', 'report')]
 
 # %% ../nbs/core/91_pipeline.ipynb #cell-13
 def expected_tokens(

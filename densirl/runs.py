@@ -16,7 +16,7 @@ from .config import StageConfig, digest, science
 from .files import MADE_BY, WHAT, file_hash, need, raise_if_full, read_json, read_jsonl, remove_halves, text_hash, write_json
 
 # %% ../nbs/core/10_runs.ipynb #cell-5
-PACKAGE_DATA = dict(corpus='phrases', report='templates') # Module → folder of texts that it reads
+PACKAGE_DATA = dict(corpus='phrases', prompt_sets='prompts', report='templates') # Module → folder of texts that it reads
 
 def module_imports(
     tree:ast.AST, # A parsed module of this package
@@ -54,10 +54,10 @@ def manifest_path(
 def content_hashes(
     outputs:list, # Files and folders a stage wrote
 )->dict: # Name, with its folders below the run, → hash
-    "Hashes of a run's files, without what holds the time of day: manifest, `metrics.jsonl`, checkpoints and the boards of TensorBoard"
+    "Hashes of a run's files, without what holds the time of day or may be cleared away: manifest, `metrics.jsonl`, checkpoints, snapshots and the boards of TensorBoard"
     listed = {(f.relative_to(p) if p.is_dir() else Path(f.name)):f for p in map(Path, outputs) for f in (sorted(p.rglob('*')) if p.is_dir() else [p])}
     return {n.as_posix():file_hash(f) for n,f in listed.items()
-            if f.is_file() and n.name not in ('manifest.json','metrics.jsonl') and n.parts[0] not in ('tb','checkpoint')}
+            if f.is_file() and n.name not in ('manifest.json','metrics.jsonl') and n.parts[0] not in ('tb','checkpoint','snapshots')}
 
 # %% ../nbs/core/10_runs.ipynb #cell-11
 def read_manifest(

@@ -22,10 +22,10 @@ def test_all_of_it_twice(tmp_path):
     assert '03_grpo.density_aware=False' in plan and not (tmp_path/'outs/grpo').exists()
     assert 'skipped' not in run_all(*words)
     summary = json.loads((tmp_path/'outs/report/summary.json').read_text())
-    assert summary['kind'] == 'illustration' and summary['used']['embedder'] == 'all-MiniLM-L6-v2'
-    assert summary['factor'] == {'density_aware': [True, False]}
+    assert summary['verdict'] == '' and summary['used']['embedder'] == 'all-MiniLM-L6-v2'
+    assert summary['factor'] == {'density': {'density_aware': [True, False]}}
     page = (tmp_path/'outs/report/report.html').read_text()
-    assert 'not a verdict' in page and 'http' not in page.replace('http-equiv', '')
+    assert 'not a verdict' in page and 'http' not in page.replace('http-equiv', '') and 'nan' not in page.lower().replace('nanosecond', '').split('base64')[0]
     for name in ('00_data', '03_grpo.density_aware=True', '03_grpo.density_aware=False', '04_eval_mode_collapse'):
         nb = nbformat.read(tmp_path/f'outs/notebooks/{name}.ipynb', 4)
         assert not any(o.output_type == 'error' for c in nb.cells for o in c.get('outputs', []))
@@ -35,7 +35,7 @@ def test_all_of_it_twice(tmp_path):
 def test_report_escapes_model_output(tiny_run):
     bad = '<script>alert(1)</script>'
     summary = read_json(tiny_run/'outs/report/summary.json')
-    page = render(summary=summary, figures={}, rows=[dict(prompt=bad, sft=bad, uniform=bad, density=bad)])
+    page = render(summary=summary, figures=[], rows=[dict(prompt=bad, before=bad, uniform=bad, density=bad)])
     assert bad not in page and page.count('&lt;script&gt;') == 4
 
 def test_the_failed_sibling_is_the_one_reported(tmp_path):

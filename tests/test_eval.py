@@ -1,0 +1,205 @@
+"""The metric that decides, the statistics, the verdict: on real data, on simulated studies, and on bad input."""
+import gzip, json, shutil
+
+import numpy as np, pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+from conftest import densirl
+from densirl.compare import CompareConfig, make_compare
+from densirl.config import cli_config, config_flags, make_config
+from densirl.crossed import crossed_interval, sign_flip
+from densirl.diversity import FEATURES, SAME, diversity_facts, pair_features, pairwise_distance, prompt_residual, same_probability
+from densirl.embed import minilm, model_embedder, minilm_folder
+from densirl.files import read_json, read_jsonl, write_jsonl
+from densirl.lexical import pile_facts, self_bleu
+from densirl.measures import measure_prompts
+from densirl.mode_collapse import EvalConfig, make_eval
+from densirl.report import ReportConfig, make_report
+from densirl.simulate import simulated_study
+from densirl.verdict import Plan, decide, estimates, is_gain
+
+
+# -- people's judgement (EVALUATION 6)
+
+@pytest.fixture(scope='module')
+def labelled(shared):
+    "Pairs of completions that people called the same or not: features and labels"
+    with gzip.open(shared/'same_or_different_pairs.jsonl.gz') as file: rows = [json.loads(line) for line in file]
+    texts = [[r[k] for r in rows] for k in ('generation_0', 'generation_1', 'prompt')]
+    vectors = [minilm().embed(t) for t in texts]
+    features = []
+    for a, b, x, y, q in zip(texts[0], texts[1], *vectors):
+        rest = prompt_residual(np.stack([x, y]), q)
+        features.append(pair_features(a, b, float(x@y), float(rest[0]@rest[1])))
+    return np.array(features), np.array([int(float(r['similar'])) for r in rows])
+
+def test_distance_agrees_with_people(labelled):
+    features, same = labelled
+    assert roc_auc_score(same, features[:, FEATURES.index('residual')]) >= .74
+
+def test_six_features_agree_better(labelled):
+    "Cross-validated; the committed coefficients are what a fit to all pairs gives"
+    features, same = labelled
+    model = LogisticRegression(C=3, max_iter=5000)
+    aucs = [roc_auc_score(same, cross_val_predict(model, features, same, cv=StratifiedKFold(5, shuffle=True, random_state=i), method='predict_proba')[:, 1]) for i in range(10)]
+    assert np.mean(aucs) >= .78
+    model.fit(features, same)
+    assert np.allclose(model.coef_[0], SAME['weights'], atol=.05) and abs(model.intercept_[0]-SAME['intercept']) < .05
+    assert np.allclose(same_probability(features), model.predict_proba(features)[:, 1], atol=.02)
+
+def test_total_collapse_comes_last(shared):
+    "One text for every prompt, beside real models: last by every measure that decides, first by Gini"
+    with gzip.open(shared/'alpaca_eval_pairs.jsonl.gz', 'rt') as file: rows = [json.loads(line) for line in file]
+    said = {}
+    for r in rows:
+        for side in ('chosen', 'rejected'): said.setdefault(r[f'{side}_model'], {})[r['prompt']] = r[side]
+    models = sorted(said, key=lambda m: -len(said[m]))[:5]
+    prompts = sorted(set.intersection(*(set(said[m]) for m in models)))[:40]
+    stuck = {p: 'I am sorry, but I cannot say more than this about it today. '*4 for p in prompts}
+    embed = minilm().embed
+    about = dict(zip(prompts, embed(prompts)))
+    def among_models(p, texts): return diversity_facts(texts, embed(texts), about[p])
+    real, collapsed = among_models(prompts[0], [said[m][prompts[0]] for m in models]), among_models(prompts[0], [stuck[prompts[0]]]*5)
+    for name in ('diversity', 'lexical_distance', 'vendi', 'classes'): assert collapsed[name] < real[name], name
+    assert collapsed['self_bleu'] > real['self_bleu']
+    piles = {name: pile_facts(list(texts.values()), 40, 1200) for name, texts in dict({m: {p: said[m][p] for p in prompts} for m in models}, stuck=stuck).items()}
+    piles = {name: found for name, found in piles.items() if found}
+    assert len(piles) > 2 and min(piles, key=lambda n: piles[n]['gini']) == 'stuck'
+    for name in ('mattr', 'entropy_words', 'distinct_2'): assert min(piles, key=lambda n: piles[n][name]) == 'stuck', name
+
+def test_halves_of_one_policy_do_not_differ():
+    "Of sixteen completions of a prompt eight against eight: called different in at most 8 % of resamples"
+    rng, prompts = np.random.default_rng(0), 60
+    centres = rng.normal(size=(prompts, 1, 16))
+    cloud = centres+rng.normal(size=(prompts, 16, 16))*rng.uniform(.3, 1.5, size=(prompts, 1, 1))
+    cloud /= np.linalg.norm(cloud, axis=-1, keepdims=True)
+    def p_value():
+        halves = [rng.permutation(16) for _ in range(prompts)]
+        gaps = [pairwise_distance(c[h[:8]])-pairwise_distance(c[h[8:]]) for c, h in zip(cloud, halves)]
+        return crossed_interval(np.array([gaps]))['p']
+    assert np.mean([p_value() < .05 for _ in range(500)]) <= .08
+
+
+# -- simulated studies
+
+@pytest.mark.parametrize('name,world', dict(
+    slower=dict(drift=.75), bump=dict(drift=.75, shape='bump', spacing='random'), moved=dict(moved=.3, drift=.75, shape='cliff', spacing='even', looks=6)).items())
+def test_slower_drift_is_no_gain(name, world):
+    "An arm that only drifts a quarter less looks better at the end and is not called so"
+    plan, gains, ends, words = Plan(min_kl=1.), [], [], []
+    for i in range(50):
+        found = estimates(simulated_study(np.random.default_rng([i, len(name)]), prompts=60, **world), plan)
+        gains.append(is_gain(found['gains']['uniform'], plan))
+        ends.append(found['at_the_end']['low'] > 0)
+        words.append(decide(found, plan)[0])
+    assert np.mean(gains) <= .1 and words.count('SUPPORTED') <= 1
+    assert np.mean(ends) > .2
+
+def test_an_arm_that_does_not_narrow_is_a_gain():
+    study = simulated_study(np.random.default_rng(0), gain=.0)
+    for arm in ('density',): study.arms[arm][:] = [type(c)(c.steps, dict(c.values, diversity=np.broadcast_to(c.values['diversity'][0], c.values['diversity'].shape).copy())) for c in study.arms[arm]]
+    found = estimates(study, Plan(min_kl=1.))
+    assert found['gains']['uniform']['kl']['low'] > 0
+
+def test_sign_flip_is_exact():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=6)
+    signs = np.array([[1-2*(i >> j & 1) for j in range(6)] for i in range(64)])
+    assert sign_flip(rows) == pytest.approx(np.mean(np.abs(signs@rows) >= abs(rows.sum())-1e-12))
+
+
+# -- from the command line
+
+def evaluate(root, *words):
+    return densirl('eval', '--profile', 'test', '--root', root, *words)
+
+def test_weights_are_sampled_anew_and_once(tiny_run, tmp_path):
+    "Any folder, on our own prompts; the second call finds what was said, and one more prompt changes nothing for the others"
+    out = tmp_path/'eval'
+    words = ('--ckpt_paths', 'outs/grpo', 'outs/sft', '--samples', 'weights', '--prompt_set', 'open', '--n_prompts', 4, '--gold_path=', '--out_path')
+    said = evaluate(tiny_run, *words, out)
+    assert 'outs/sft, step 0: diversity' in said
+    rows = list(read_jsonl(out/'samples.jsonl'))
+    assert len(rows) == (2+1)*4*2 and {r['arm'] for r in rows} == {'density', 'sft'}
+    assert 'prompts ×' not in evaluate(tiny_run, *words, tmp_path/'again') and list(read_jsonl(tmp_path/'again/samples.jsonl')) == rows
+    more = [w if w != 4 else 5 for w in words]
+    evaluate(tiny_run, *more, tmp_path/'five')
+    five = [r for r in read_jsonl(tmp_path/'five/samples.jsonl') if r['prompt_id'] in {r['prompt_id'] for r in rows}]
+    assert five == rows
+
+def test_runs_by_pattern_with_their_checkpoints(tiny_run, tmp_path):
+    root = tmp_path/'root'
+    shutil.copytree(tiny_run, root)
+    for arm, aware in (('density', True), ('uniform', False)):
+        densirl('grpo', '--profile', 'test', '--root', root, f'--density_aware={aware}', '--keep_weights=True', '--seed', 3, '--out_dir', f'outs/study/{arm}/seed_3')
+    evaluate(root, '--runs', 'outs/study/*/seed_*', '--samples', 'weights', '--n_prompts', 5)
+    rows = list(read_jsonl(root/'outs/eval/per_prompt.jsonl'))
+    assert {(r['arm'], r['seed'], r['step']) for r in rows} == {(a, 3, s) for a in ('density', 'uniform') for s in (0, 1, 2)}
+    start = {a: [r['diversity'] for r in rows if r['arm'] == a and r['step'] == 0] for a in ('density', 'uniform')}
+    assert start['density'] == start['uniform'] and all(r['kl'] == pytest.approx(0, abs=1e-4) for r in rows if r['step'] == 0)
+    shutil.rmtree(root/'outs/study/density/seed_3/snapshots')
+    evaluate(root, '--runs', 'outs/study/*/seed_*', '--samples', 'weights', '--n_prompts', 5, '--out_path', 'outs/less')
+    densirl('compare', '--profile', 'test', '--root', root, '--eval_path', 'outs/less')
+    found = read_json(root/'outs/compare/compare.json')
+    assert [c['steps'] for c in found['curves'] if c['region'] == 'all'] == [[0, 2], [0, 1, 2]]
+    assert '"seeds": 1' in (root/'outs/compare/compare.json').read_text()
+
+def test_a_pattern_that_finds_nothing(tiny_run):
+    said = densirl('eval', '--profile', 'test', '--root', tiny_run, '--runs', 'outs/none/*', ok=False)
+    assert 'outs/none/*' in said and 'densirl grpo' in said and 'Traceback' not in said
+
+ODD = ('', 'word', '```python\nprint(1)\n```', 'An ordinary sentence about bread and butter.', '\n\n', '如何', '?!', 'a '*300)
+
+def answers(folder, seeds, steps=(0, 5, 10), prompts=6, skip=()):
+    "Files of ready completions for two arms, some of them odd"
+    rng, files = np.random.default_rng(0), []
+    for arm in ('density', 'uniform'):
+        rows = [dict(prompt=f'Question {p}?', model=arm, seed=s, step=t, completion=ODD[rng.integers(len(ODD))], kl=float(t), gold=float(rng.normal()))
+            for s in range(seeds) for t in steps for p in range(prompts) for _ in range(3) if (arm, s, t, p) not in skip]
+        write_jsonl(folder/f'{arm}.jsonl', rows)
+        files.append(str(folder/f'{arm}.jsonl'))
+    return files
+
+def test_odd_completions_give_defined_numbers(tmp_path):
+    "Empty, one word, all code, one sign: measured, and nowhere a NaN"
+    files = answers(tmp_path, 1)
+    said = evaluate(tmp_path, '--answers', *files)
+    assert 'nan' not in said.lower()
+    for name in ('per_prompt.jsonl', 'across.jsonl', 'eval.json'): assert 'NaN' not in (tmp_path/'outs/eval'/name).read_text()
+    assert all(np.isfinite(v) for r in read_jsonl(tmp_path/'outs/eval/per_prompt.jsonl') for v in r.values() if isinstance(v, float))
+
+def test_fewer_than_six_seeds_and_a_missing_checkpoint(tmp_path):
+    "Described, INCONCLUSIVE by rule; the report has no NaN and says how many seeds"
+    files = answers(tmp_path, 2, skip={('density', 0, 5, p) for p in range(6)}|{('uniform', 1, 10, 3)})
+    evaluate(tmp_path, '--answers', *files)
+    words = dict(profile='test', root=str(tmp_path))
+    found = read_json(make_compare(make_config(CompareConfig, **words))/'compare.json')
+    assert found['verdict'] == 'INCONCLUSIVE' and '2 paired seeds' in found['why'][0] and found['left_out'] == dict(prompts=1, seeds=0)
+    assert found['estimates']['prompts'] == 5 and len(found['curves'][0]['steps']) == 2
+    out = make_report(make_config(ReportConfig, **words))
+    page = (out/'report.html').read_text()
+    assert 'INCONCLUSIVE' in page and 'exploratory' in page and 'NaN' not in (out/'summary.json').read_text() and '>nan' not in page
+
+def test_other_prompts_and_single_completions(tmp_path):
+    "What not every policy has completed is left out and counted; where nothing is left there is a sentence"
+    rows = [dict(prompt=p, completion=c, model=m) for m, ps in (('a', 'xyz'), ('b', 'yzw')) for p in ps for c in ('one', 'two words')]
+    write_jsonl(tmp_path/'some.jsonl', rows)
+    evaluate(tmp_path, '--answers', tmp_path/'some.jsonl')
+    assert {r['prompt_id'] for r in read_jsonl(tmp_path/'outs/eval/per_prompt.jsonl')} == {p['id'] for p in read_jsonl(tmp_path/'outs/eval/prompts.jsonl')} and len(list(read_jsonl(tmp_path/'outs/eval/prompts.jsonl'))) == 2
+    write_jsonl(tmp_path/'none.jsonl', [r for r in rows if (r['model'], r['prompt']) in {('a', 'x'), ('b', 'w')}])
+    said = densirl('eval', '--profile', 'test', '--root', tmp_path, '--answers', tmp_path/'none.jsonl', ok=False)
+    assert 'No prompt was completed by all' in said and 'Traceback' not in said
+    said = densirl('compare', '--profile', 'test', '--root', tmp_path, ok=False)
+    assert 'no density arm' in said and 'Traceback' not in said
+
+def test_lists_come_through_every_door():
+    cfg = cli_config(EvalConfig, ['--ckpt_paths', 'outs/a', 'outs/b', '--profile=demo'], 'densirl eval')
+    assert cfg.ckpt_paths == ('outs/a', 'outs/b') and cli_config(EvalConfig, config_flags(cfg), 'densirl eval') == cfg
+    assert make_config(EvalConfig, 'demo', ckpt_paths='outs/a outs/b') == cfg
+
+def test_self_bleu_is_sacrebleus():
+    from sacrebleu import sentence_bleu
+    texts = ['the cat sat on the mat today', 'the cat lay on the mat today', 'a dog ran off with my shoe']
+    assert self_bleu(texts) == pytest.approx(np.mean([sentence_bleu(t, texts[:i]+texts[i+1:]).score for i, t in enumerate(texts)])/100, abs=1e-6)
