@@ -15,10 +15,11 @@ from .lexical import compression_distance, first_words, length_ratio, lexical_di
 def prompt_residual(
     vectors:np.ndarray, # (K, width) embeddings of completions, rows of length one
     prompt:np.ndarray, # (width,) embedding of their prompt, of length one
-)->np.ndarray: # (K, width), rows of length one
+)->np.ndarray: # (K, width), rows of length one; of a completion that only repeats the prompt, the prompt's own row
     "Take the prompt's direction out of its completions"
     rest = vectors-np.outer(vectors@prompt, prompt)
-    return rest/np.maximum(np.linalg.norm(rest, axis=1, keepdims=True), 1e-8)
+    length = np.linalg.norm(rest, axis=1, keepdims=True)
+    return np.where(length>1e-3, rest/np.maximum(length, 1e-3), prompt)
 
 def pairwise_distance(
     vectors:np.ndarray, # (K, width) rows of length one
@@ -89,7 +90,7 @@ def diversity_facts(
     completions:list, # Texts
     vectors:np.ndarray, # (K, width) their embeddings, rows of length one
     prompt:np.ndarray, # (width,) embedding of the prompt, of length one
-    most_words:int=128, # Words that are compared, from the beginning
+    most_words:int=96, # Words that are compared, from the beginning
 )->dict: # diversity, lexical_distance, self_bleu, vendi, classes; empty for fewer than two completions
     "How different the completions of one prompt are"
     k = len(completions)

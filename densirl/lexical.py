@@ -27,7 +27,7 @@ def words(
 
 def first_words(
     text:str, # Any text
-    n:int=128, # Words to keep
+    n:int=96, # Words to keep
 )->str: # Its beginning
     "The beginning of a text, so that a long completion is not different for being long"
     ends = [m.end() for _,m in zip(range(n), WORD.finditer(text))]
@@ -133,6 +133,7 @@ def entropy_words(
     p = coverage*counts/n
     return float(np.exp(-(p*np.log(p)/(1-(1-p)**n)).sum()))
 
+# %% ../nbs/core/33_lexical.ipynb #cell-17
 def gini(
     text:list, # Words
 )->float: # 0 where all that occur are equally frequent
@@ -141,6 +142,7 @@ def gini(
     n = len(counts)
     return float(2*(np.arange(1, n+1)*counts).sum()/(n*counts.sum())-(n+1)/n) if n else 0.
 
+# %% ../nbs/core/33_lexical.ipynb #cell-18
 def zipf_slope(
     text:list, # Words
 )->float: # About -1 for ordinary text; 0 with fewer than twenty ranks
@@ -148,7 +150,7 @@ def zipf_slope(
     counts = np.array(sorted(Counter(text).values(), reverse=True))[9:1000]
     return float(np.polyfit(np.log(np.arange(10, 10+len(counts))), np.log(counts), 1)[0]) if len(counts)>10 else 0.
 
-# %% ../nbs/core/33_lexical.ipynb #cell-19
+# %% ../nbs/core/33_lexical.ipynb #cell-21
 def pile_facts(
     completions:list, # One per prompt
     each:int, # Words of each

@@ -34,9 +34,11 @@ def balanced_prompts(
 # %% ../nbs/core/57_prompt_sets.ipynb #cell-8
 def prompt_records(
     rows:list, # Records with `prompt`, perhaps with `id`
-)->list: # The same with the names that our prompts have
+)->list: # The same with the names that our prompts have, each name once
     "Name prompts by their text"
-    return [dict(row, id=prompt_id(row['prompt'])) for row in rows]
+    found = {}
+    for row in rows: found.setdefault(prompt_id(row['prompt']), row)
+    return [dict(row, id=name) for name,row in found.items()]
 
 def open_prompts()->list: # Records with `id`, `prompt`, `kind`, `lang`
     "Our own open-ended prompts"

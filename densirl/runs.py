@@ -214,7 +214,9 @@ def open_run(
         manifest = dict(key, profile=cfg.profile, status='running', environment=environment())
         if not is_file_name(out): make_room(out, key, cfg.force)
         plan = getattr(cfg, 'plan_path', '')
-        if plan: manifest['plan'] = read_manifest(out).get('plan') or registered(need(cfg.path(plan), 'plan'))
+        begun = read_manifest(out)
+        noted = begun.get('plan') if begun else registered(need(cfg.path(plan), 'plan')) if plan else None
+        if noted: manifest['plan'] = noted
         run.folder.mkdir(parents=True, exist_ok=True)
         for file in outputs: remove_halves(file)
         if not is_file_name(out): write_json(manifest_path(out), manifest)
