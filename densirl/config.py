@@ -49,9 +49,10 @@ class StageConfig:
 # %% ../nbs/core/02_config.ipynb #cell-9
 def science(
     cfg:StageConfig, # Settings of a run
-)->dict: # Field name → value, without the fields that only say where
+)->dict: # Field name → value as JSON has it, without the fields that only say where
     "The settings that decide what is computed"
-    return {f.name:getattr(cfg, f.name) for f in fields(cfg) if not f.metadata.get('where')}
+    values = {f.name:getattr(cfg, f.name) for f in fields(cfg) if not f.metadata.get('where')}
+    return {name:list(v) if isinstance(v, tuple) else v for name,v in values.items()}
 
 def digest(
     cfg:StageConfig, # Settings of a run

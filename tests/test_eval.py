@@ -1,6 +1,7 @@
 """The metric that decides, the statistics, the verdict: on real data, on simulated studies, and on bad input."""
 import gzip, json, re, shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np, pytest
 from sklearn.linear_model import LogisticRegression
@@ -9,7 +10,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from conftest import densirl
 from densirl.compare import CompareConfig, make_compare
-from densirl.config import cli_config, config_flags, make_config
+from densirl.config import StageConfig, cli_config, config_flags, make_config, where
 from densirl.crossed import crossed_interval, sign_flip
 from densirl.curves import Curve
 from densirl.diversity import FEATURES, SAME, diversity_facts, pair_features, pairwise_distance, prompt_residual, same_probability
@@ -18,6 +19,7 @@ from densirl.files import read_json, read_jsonl, write_jsonl
 from densirl.lexical import pile_facts, self_bleu
 from densirl.mode_collapse import EvalConfig
 from densirl.report import ReportConfig, make_report
+from densirl.runs import open_run
 from densirl.simulate import simulated_study
 from densirl.verdict import Plan, decide, estimates, is_gain
 
@@ -112,6 +114,32 @@ def test_sign_flip_is_exact():
     rows = rng.normal(size=6)
     signs = np.array([[1-2*(i >> j & 1) for j in range(6)] for i in range(64)])
     assert sign_flip(rows) == pytest.approx(np.mean(np.abs(signs@rows) >= abs(rows.sum())-1e-12))
+
+
+# -- said beforehand
+
+@dataclass(frozen=True)
+class Toy(StageConfig):
+    "A stage that leaves a checkpoint"
+    stage: ClassVar[str] = 'eval'
+    module: ClassVar[str] = 'runs'
+    plan_path: str = where('')
+    def outputs(self): return ['out']
+
+def test_a_plan_is_not_noted_after_the_run_has_begun(tmp_path):
+    (tmp_path/'plan.json').write_text('{}')
+    planned = Toy(root=str(tmp_path), plan_path='plan.json')
+    def begin(cfg):
+        with pytest.raises(KeyboardInterrupt), open_run(cfg) as run:
+            (run.folder/'checkpoint/step_1').mkdir(parents=True, exist_ok=True)
+            raise KeyboardInterrupt
+        return read_json(tmp_path/'out/manifest.json')
+    assert 'plan' not in begin(Toy(root=str(tmp_path)))
+    assert 'plan' not in begin(planned)
+    assert begin(replace(planned, force=True))['plan']['commit'] == ''
+    (tmp_path/'plan.json').write_text('{"seeds": 9}')
+    first = read_json(tmp_path/'out/manifest.json')['plan']
+    assert begin(planned)['plan'] == first
 
 
 # -- from the command line
