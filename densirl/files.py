@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUFFER', 'BROKEN', 'MADE_BY', 'WHAT', 'repo_root', 'open_bytes', 'packed_bytes', 'raise_if_full', 'atomic',
            'remove_halves', 'write_json', 'read_json', 'json_line', 'write_jsonl', 'parse_line', 'refuse_broken',
-           'read_lines', 'read_jsonl', 'read_or_make', 'need', 'bytes_hash', 'file_hash', 'text_hash']
+           'read_lines', 'read_jsonl', 'need', 'bytes_hash', 'file_hash', 'text_hash', 'read_or_make']
 
 # %% ../nbs/core/01_files.ipynb #cell-2
 import errno, gzip, hashlib, io, json, os, shutil, tempfile, zlib
@@ -171,21 +171,10 @@ def read_jsonl(
         except ValueError as error: raise ValueError(f'{path}, line {number}: {error}; mend or remove that line.') from error
 
 # %% ../nbs/core/01_files.ipynb #cell-27
-def read_or_make(
-    folder:Path, # Where records are kept
-    key:dict, # All that they depend on
-    make, # () → list of records
-)->list: # The records
-    "Read records, or make them where they are not there"
-    path = Path(folder)/f'{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.jsonl'
-    if not path.exists(): write_jsonl(path, make())
-    return list(read_jsonl(path))
-
-# %% ../nbs/core/01_files.ipynb #cell-30
 MADE_BY = dict(pairs='densirl data', prompts='densirl prompts', density='densirl density', sft='densirl sft',
-    rm='densirl rm', gold='densirl rm --fold gold', grpo='densirl grpo', baseline='densirl grpo --density_aware=False', eval='densirl eval', compare='densirl compare')
+    rm='densirl rm', gold='densirl rm --fold gold', grpo='densirl grpo', eval='densirl eval', compare='densirl compare')
 WHAT = dict(pairs='file of preference pairs', prompts='file of prompts', density='density file', sft='SFT checkpoint',
-    rm='reward model', gold='second judge', grpo='density-aware policy', baseline='uniform policy', eval='evaluation', compare='comparison', plan='pre-registration', source='source file')
+    rm='reward model', gold='second judge', grpo='policy', eval='evaluation', compare='comparison', plan='pre-registration', source='source file')
 
 def need(
     path:Path, # File or folder that a stage reads
@@ -197,7 +186,7 @@ def need(
         raise FileNotFoundError(f'No {WHAT[kind]} at {path}; {remedy}.')
     return Path(path)
 
-# %% ../nbs/core/01_files.ipynb #cell-33
+# %% ../nbs/core/01_files.ipynb #cell-30
 @lru_cache(maxsize=1024)
 def bytes_hash(
     path:str, # File to read
@@ -219,3 +208,14 @@ def text_hash(
 )->str: # 64 hex digits
     "SHA-256 of a text"
     return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()
+
+# %% ../nbs/core/01_files.ipynb #cell-33
+def read_or_make(
+    folder:Path, # Where records are kept
+    key:dict, # All that they depend on
+    make, # () → list of records
+)->list: # The records
+    "Read records, or make them where they are not there"
+    path = Path(folder)/f'{text_hash(json.dumps(key, sort_keys=True))[:16]}.jsonl'
+    if not path.exists(): write_jsonl(path, make())
+    return list(read_jsonl(path))

@@ -11,6 +11,7 @@ __all__ = ['EvalConfig', 'shared_prompts', 'prompts_to_ask', 'our_prompts', 'cho
 import json
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal
 import numpy as np
@@ -21,7 +22,7 @@ from .density import read_density
 from .dist import join_ranks
 from .embed import embed_cached, load_embedder
 from .files import need, read_jsonl, read_or_make, text_hash, write_json, write_jsonl
-from .measures import describe_draws, measure_piles, measure_prompts, reference_samples
+from .measures import describe_draws, last_steps, measure_piles, measure_prompts, reference_samples
 from .models import load_policy, load_tokenizer, start_path
 from .policies import Policy, find_runs, from_run, gold_rewards, read_completions, sample_prompts, weights_by_step, with_looks
 from .prompt_sets import balanced_prompts, open_prompts, prompt_records
@@ -60,14 +61,17 @@ class EvalConfig(StageConfig):
 
     def patterns(self): return self.runs or (() if self.ckpt_paths or self.completions else ('outs/grpo','outs/grpo_baseline'))
 
+    def knows_densities(self): return bool(self.patterns() or (self.ckpt_paths and self.prompt_set=='eval'))
+    def is_judged(self): return bool(self.gold_path and (self.patterns() or self.ckpt_paths))
+
     def inputs(self):
-        runs = {f'grpo_{p.name}':p.folder for p in find_runs(self.path('.'), self.patterns())}
+        found,looked = find_runs(self.path('.'), self.patterns()),self.samples=='looks'
+        runs = {f'grpo_{p.name}':p.folder for p in found}
         models = {f'{"hub" if not self.path(c).exists() else "grpo"}_{c}':c for c in self.ckpt_paths}
         files = {f'source_{a}':a for a in (*self.completions, *([self.prompt_set] if self.prompt_set not in ('eval','open') else []))}
-        ours = dict(prompts=self.prompts_path, density=self.density_path) if runs or (models and self.prompt_set=='eval') else {}
-        judged = dict(gold=self.gold_path) if self.gold_path and (runs or models) else {}
-        looked = self.samples=='looks'
-        weights = {} if looked else {f'grpo_{p.name}_{step}':f for p in find_runs(self.path('.'), self.patterns()) for step,f in weights_by_step(p).items()}
+        ours = dict(prompts=self.prompts_path, density=self.density_path) if self.knows_densities() else {}
+        judged = dict(gold=self.gold_path) if self.is_judged() else {}
+        weights = {} if looked else {f'grpo_{p.name}_{step}':f for p in found for step,f in weights_by_step(p).items()}
         ref = dict(sft=self.ref_path) if (runs and not looked) or (models and self.path(self.ref_path).exists()) else {}
         return runs|weights|models|files|ours|judged|ref
 
@@ -97,7 +101,7 @@ def our_prompts(
     policies:list, # Who is evaluated
 )->tuple: # Prompt id → record; prompt id → log density; both empty where only ready completions are measured
     "The prompts we know, and their density as the runs have estimated it"
-    if 'density' not in cfg.inputs(): return {},{}
+    if not cfg.knows_densities(): return {},{}
     used = next((p.manifest['config'] for p in policies if p.manifest.get('config', {}).get('density_aware')), dict(density_k=10, density_estimator='knn'))
     return {p['id']:p for p in read_jsonl(cfg.path(cfg.prompts_path))},read_density(cfg.path(cfg.density_path), used['density_k'], used['density_estimator'])
 
@@ -133,7 +137,7 @@ def check_judges(
     policies:list, # Who is evaluated
 )->None:
     "Refuse a reference that a run did not begin with, and a gold judge that it was trained against"
-    gold = input_hash(cfg.path(cfg.gold_path), 'gold') if 'gold' in cfg.inputs() else ''
+    gold = input_hash(cfg.path(cfg.gold_path), 'gold') if cfg.is_judged() else ''
     for p in policies:
         if gold and p.manifest.get('inputs', {}).get('rm')==gold: raise ValueError(f'{p.name} was trained against the judge at {cfg.path(cfg.gold_path)}; give a --gold_path that no policy has met, made by `densirl rm --fold gold`.')
         began = p.manifest.get('inputs', {}).get('sft') if p.manifest.get('stage')=='grpo' and not p.ready else None
@@ -192,15 +196,17 @@ def judge_samples(
     prompts:list, # From `choose_prompts`
 )->list: # The same samples with `gold`; as they are where there is no gold judge
     "Let a judge that no policy was trained against read everything, unless it has done so before"
-    if 'gold' not in cfg.inputs(): return samples
-    folder,ranks = start_path(cfg.gold_path, cfg.path(cfg.gold_path), 'gold'),join_ranks()
-    tokenizer = load_tokenizer(folder)
-    judge,known,groups = load_judge(folder, tokenizer, device=ranks.device),{p['id']:p for p in prompts},defaultdict(list)
+    if not cfg.is_judged(): return samples
+    folder,known,groups = start_path(cfg.gold_path, cfg.path(cfg.gold_path), 'gold'),{p['id']:p for p in prompts},defaultdict(list)
+    @lru_cache
+    def judge():
+        tokenizer = load_tokenizer(folder)
+        return load_judge(folder, tokenizer, device=join_ranks().device),tokenizer
     for row in samples: groups[row['policy'],row['step']].append(row)
     found = []
     for (name,step),rows in tqdm(groups.items(), desc='gold reward'):
         key = dict(judge=input_hash(Path(folder), 'gold'), said=text_hash(json.dumps([[r['prompt_id'],r['completion'],r.get('ended', True)] for r in rows])), cut=cfg.max_prompt_tokens, code=code_hash('policies'))
-        def read(): return [dict(gold=g) for g in gold_rewards(judge, tokenizer, known, rows, cfg.max_prompt_tokens, batch=cfg.batch_size)]
+        def read(): return [dict(gold=g) for g in gold_rewards(*judge(), known, rows, cfg.max_prompt_tokens, batch=cfg.batch_size)]
         found += [dict(row, **gold) for row,gold in zip(rows, read_or_make(cfg.path('.cache/gold'), key, read))]
     return found
 
@@ -229,8 +235,7 @@ def show_means(
     metrics:tuple=('diversity','lexical_distance','classes','gold','kl','words','loops','refused'), # What to show
 )->None:
     "Print the means of every policy after its last step, with intervals over prompts"
-    last = {r['policy']:r['step'] for r in sorted(rows, key=lambda r:r['step'])}
-    for name,step in last.items():
+    for name,step in last_steps(rows).items():
         at = [r for r in rows if (r['policy'],r['step'])==(name, step)]
         found = {m:mean_interval([r[m] for r in at if m in r], bounds=(0, 1) if m in ('lexical_distance','loops','refused') else (-np.inf, np.inf)) for m in metrics}
         print(f'{name}, step {step}: '+', '.join(f"{m} {v['mean']:.3f}"+(f" [{v['low']:.3f}, {v['high']:.3f}]" if v['n']>1 else '') for m,v in found.items() if v['n']), flush=True)

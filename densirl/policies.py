@@ -8,7 +8,7 @@ __all__ = ['TOLD', 'AFTER_TRAINING', 'Policy', 'arm_name', 'from_run', 'find_run
 
 # %% ../nbs/core/60_policies.ipynb #cell-2
 import glob, re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ def with_looks(
     steps = {}
     for row in read_log(policy.folder, 'samples'): steps.setdefault(row['step'], []).append(row)
     if not steps: raise FileNotFoundError(f'{policy.name} has no samples.jsonl; sample it anew with --samples weights.')
-    return Policy(policy.name, policy.arm, policy.seed, policy.folder, policy.manifest, steps)
+    return replace(policy, ready=steps)
 
 def weights_by_step(
     policy:Policy, # One of our runs, or a model

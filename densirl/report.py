@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 from .config import StageConfig, where
 from .files import atomic, need, read_json, read_jsonl, write_json
+from .measures import last_steps
 from .runs import open_run, up_to_date
 
 # %% ../nbs/core/80_report.ipynb #cell-4
@@ -132,7 +133,7 @@ def side_by_side(
 )->list: # One record per prompt: its text, what the reference says, and what each arm says
     "Completions of the same prompts, from rare and crowded places alike"
     firsts = {(s['policy'],s['step'],s['prompt_id']):s['completion'] for s in samples if s['sample']==0 and s['policy'] in names.values()}
-    last = {name:max(step for who,step,_ in firsts if who==name) for name in names.values()}
+    last = last_steps(s for s in samples if s['policy'] in names.values())
     start = min(step for _,step,_ in firsts)
     ordered = sorted(prompts, key=lambda p:p.get('log_density', 0))
     chosen = [ordered[i] for i in np.unique(np.linspace(0, len(ordered)-1, min(n, len(ordered))).astype(int))]
@@ -177,7 +178,7 @@ def gather_summary(
     used = dict(model=first.get('model', 'ready completions'), dtype=first.get('dtype', 'unknown precision'), embedder=found['embedders'][0]['name'])
     runs = [dict(name=p['name'], arm=p['arm'], seed=p['seed'], digest=p.get('digest', ''), code=p.get('code', ''), plan=p.get('plan', {}).get('commit', '')[:10]) for p in policies]
     across = [r for r in read_jsonl(cfg.path(cfg.eval_path)/'across.jsonl') if r['policy'] in {p['name'] for p in policies}]
-    last = {r['policy']:max(o['step'] for o in across if o['policy']==r['policy']) for r in across}
+    last = last_steps(across)
     return dict(summary, profile=cfg.profile, headline=headline(summary), prompts=found['prompts'], embedders=found['embedders'], evaluation=found['settings'], exact_kl=found['exact_kl'],
         across=[r for r in across if r['step'] in (0, last[r['policy']])], used=used, runs=runs, settings=first.get('config', {}), environment=first.get('environment', {}))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGE_DATA', 'module_imports', 'code_hash', 'is_file_name', 'manifest_path', 'content_hashes', 'read_manifest',
-           'input_hash', 'run_key', 'up_to_date', 'Run', 'checkpoint_home', 'environment', 'make_room', 'registered',
-           'alone', 'open_run', 'read_log']
+           'input_hash', 'run_key', 'up_to_date', 'Run', 'checkpoint_home', 'environment', 'make_room', 'git',
+           'registered', 'is_committed', 'alone', 'open_run', 'read_log']
 
 # %% ../nbs/core/10_runs.ipynb #cell-2
 import ast, fcntl, importlib.metadata, json, os, platform, shutil, subprocess, time
@@ -170,14 +170,28 @@ def make_room(
     else: print(f'{Path(out).name} held a {"run half done" if halfway else "complete run"} of profile {known.get("profile")} ({known["digest"]}); it is kept as {kept.name}', flush=True)
 
 # %% ../nbs/core/10_runs.ipynb #cell-20
+def git(
+    path:Path, # File of a repository
+    *words, # Command and options
+)->subprocess.CompletedProcess: # With what was printed, as bytes
+    "Ask git in the folder of a file"
+    return subprocess.run(['git','-C',str(Path(path).parent),*words], capture_output=True)
+
 def registered(
     path:Path, # Pre-registration, a file of a git repository
 )->dict: # hash: of the file; commit: the one that holds it just so, empty where none does
     "Where a pre-registration stands"
-    def git(*words): return subprocess.run(['git','-C',str(Path(path).parent),*words,'--',Path(path).name], capture_output=True, text=True)
-    changed = git('status','--porcelain')
+    changed = git(path, 'status', '--porcelain', '--', Path(path).name)
     committed = changed.returncode==0 and not changed.stdout.strip()
-    return dict(hash=file_hash(path), commit=git('log','-1','--format=%H').stdout.strip() if committed else '')
+    return dict(hash=file_hash(path), commit=git(path, 'log', '-1', '--format=%H', '--', Path(path).name).stdout.decode().strip() if committed else '')
+
+def is_committed(
+    path:Path, # Pre-registration
+    commit:str, # Commit that a run has noted
+)->bool: # Whether the commit holds the file as it is
+    "Did this commit hold this plan?"
+    found = git(path, 'show', f'{commit}:./{Path(path).name}')
+    return found.returncode==0 and found.stdout==Path(path).read_bytes()
 
 # %% ../nbs/core/10_runs.ipynb #cell-23
 @contextmanager

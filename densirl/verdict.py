@@ -70,11 +70,12 @@ def matched_gain(
     plan:Plan, # What was planned
     against:str, # Arm to compare with
     over:str, # 'kl' or 'gold'
+    table:np.ndarray, # From `gap_table` of the metric
 )->dict: # As from `crossed_interval`, and flip: exact p; left_out: seeds without overlap; range: where curves were compared; widest: mean share of the widest gap between checkpoints; by_pairs, within_thirds, second: means that must agree in sign
     "The gap at equal drift or reward, and whether it holds when looked at in other ways"
     arms,ones = (plan.treated, against),equal_weights(study)
-    table,ranges = gap_table(study, arms, plan.metric, over, plan.skip),[r for a,b in paired(study, arms) if (r := common_range(a, b, over, ones, plan.skip))]
     if not len(table): return dict(left_out=len(study.seeds))
+    ranges = [r for a,b in paired(study, arms) if (r := common_range(a, b, over, ones, plan.skip))]
     signs = dict(within_thirds=gap_within_thirds(study, arms, plan.metric, over, plan.skip))
     if len(study.pairs) and len(weighed := gap_table(study, arms, plan.metric, over, plan.skip, study.pairs)): signs['by_pairs'] = (weighed@study.pairs/study.pairs.sum()).mean()
     if plan.second in study.arms[plan.control][0].values and len(other := gap_table(study, arms, plan.second, over, plan.skip)): signs['second'] = other.mean()
@@ -118,13 +119,13 @@ def estimates(
     control,arms = study.arms[plan.control],(plan.treated, plan.control)
     lost = np.stack([curve.values[plan.metric][0]-curve.values[plan.metric][-1] for curve in control])
     collapse,overs = crossed_interval(lost),[o for o in ('kl','gold') if o in control[0].values]
-    gains = {arm:{over:matched_gain(study, plan, arm, over) for over in overs} for arm in (plan.control, plan.placebo) if arm in study.arms}
+    tables = {arm:{over:gap_table(study, (plan.treated, arm), plan.metric, over, plan.skip) for over in overs} for arm in (plan.control, plan.placebo) if arm in study.arms}
+    gains = {arm:{over:matched_gain(study, plan, arm, over, table) for over,table in by.items()} for arm,by in tables.items()}
     for row in gains[plan.control].values():
         if 'se' in row: row.update(detectable=detectable(row), equivalent=within_margin(row, plan.equivalence*max(collapse['mean'], 1e-12)))
     certain = len(lost)>=fewest_seeds(plan.level) and collapse['mean']>3*collapse['se']>0
-    tables = {over:gap_table(study, arms, plan.metric, over, plan.skip) for over in overs} if certain else {}
     return dict(seeds=len(study.seeds), prompts=lost.shape[1], collapse=collapse, gates=gates(study, plan), gains=gains, secondaries=secondary_rows(study, plan), at_the_end=crossed_interval(last_gap(study, arms, plan.metric)),
-        recovered={over:ratio_interval(table, lost) for over,table in tables.items() if len(table)==len(lost)})
+        recovered={over:ratio_interval(table, lost) for over,table in tables[plan.control].items() if certain and len(table)==len(lost)})
 
 # %% ../nbs/core/19_verdict.ipynb #cell-14
 def is_gain(
