@@ -10,7 +10,7 @@ whole experiment: data, density, SFT, reward model, GRPO with and without densit
 
   ./run_all.sh [options]            run every stage that is not complete yet
   ./run_all.sh test [pytest args]   notebooks match the package, notebooks run, pytest
-  ./run_all.sh bench data|density|rm
+  ./run_all.sh bench data|density|rm|grpo|engine
                                     measure beside a peer; writes outs/benchmarks/NAME.json
 
   --profile demo|full|test  demo (default): a real 135M model on a CPU

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from .attention import can_see, group_mask, seen_by
-from .objectives import exact_kl
+from .vocab import head_facts, vocabulary_head
 
 # %% ../nbs/core/25_logps.ipynb #cell-5
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class TokenFacts:
     logps:Tensor # Log-probabilities
     entropy:Tensor # Entropy of the next-token distribution, in nats
     kl:Tensor # Its divergence from the reference's, in nats
+    ref_logps:Tensor # Log-probabilities under the reference
 
 def predicting_states(
     model, # A causal language model of the transformers library
@@ -103,21 +104,14 @@ def token_facts(
     packed:Packed, # On the model's device
     ref=None, # The reference, for an exact divergence
     entropy:Literal['none','value','gradient']='none', # Whether to compute entropies, and whether to learn from them
-    chunk:int=256, # Tokens that go through the vocabulary head at once
+    theirs:Tensor=None, # (tokens that count, width) the reference's `predicting_states`, where they are known
 )->TokenFacts: # With gradients through the model, not through the reference
     "Log-probability of each completion token, its entropy and its divergence"
     counts = packed.mask.bool()
-    with torch.no_grad(): theirs = predicting_states(ref, packed).split(chunk) if ref is not None else None
-    found,learnt = [],torch.is_grad_enabled() and entropy=='gradient'
-    for i,(state,token) in enumerate(zip(predicting_states(model, packed).split(chunk), packed.target[counts].split(chunk))):
-        logits = model.lm_head(state).float()
-        norm = logits.logsumexp(-1)
-        nothing = torch.zeros_like(norm)
-        with torch.set_grad_enabled(learnt): spread = norm-(logits.softmax(-1)*logits).sum(-1) if entropy!='none' else nothing
-        away = exact_kl(logits, ref.lm_head(theirs[i])) if ref is not None else nothing
-        found.append((logits.gather(-1, token[:,None]).squeeze(-1)-norm, spread, away))
-    empty = torch.zeros(packed.mask.shape, device=counts.device)
-    return TokenFacts(*(empty.masked_scatter(counts, torch.cat(column)) for column in zip(*found)))
+    if ref is not None and theirs is None:
+        with torch.no_grad(): theirs = predicting_states(ref, packed)
+    facts = head_facts(vocabulary_head(model), predicting_states(model, packed), packed.target[counts], vocabulary_head(ref) if ref is not None else None, theirs, entropy)
+    return TokenFacts(*(torch.zeros(counts.shape, device=counts.device).masked_scatter(counts, row) for row in facts))
 
 # %% ../nbs/core/25_logps.ipynb #cell-17
 def last_states(

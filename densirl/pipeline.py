@@ -19,8 +19,9 @@ from .config import StageConfig, cli_config, make_config, where
 from .data import DataConfig, PromptsConfig, make_data, make_prompts
 from .density import DensityConfig, make_density
 from .files import need, repo_root
-from .grpo import GrpoConfig, eval_steps, train_grpo
+from .grpo import GrpoConfig, train_grpo
 from .launch import ALLOCATOR, cpu_cores, stage_command
+from .looks import eval_steps
 from .mode_collapse import EvalConfig, make_eval
 from .report import DEMO, ReportConfig, make_report
 from .rm import RmConfig, train_rm

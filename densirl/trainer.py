@@ -41,7 +41,7 @@ def optimizer_step(
     if not norm<float('inf'):
         raise FloatingPointError(f'The gradient has norm {norm}; lower --learning_rate, or look at the last samples. The last checkpoint, if there is one, is as it was.')
     optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
+    optimizer.zero_grad()
     return norm
 
 # %% ../nbs/core/40_trainer.ipynb #cell-13

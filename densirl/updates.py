@@ -69,7 +69,7 @@ class Rollout:
     packed:Packed # Tokens, one group a row
     texts:list # Per prompt, the completions as text
     rewards:dict # Name of the source → (groups, G); their sum as 'reward'
-    ref_logps:torch.Tensor # (groups, G, C)
+    ref_logps:torch.Tensor|None # (groups, G, C); None where the reference was not asked
     ended:torch.Tensor # (groups, G) 1 where a completion ended by itself
 
     def parts(self, rows:int): return (slice(i, i+rows) for i in range(0, len(self.texts), rows))
@@ -80,6 +80,7 @@ def roll_out(
     prompts:list, # Records of `prompts_all.jsonl`
     max_tokens:int, # Longer prompts are cut from the left
     uniforms:np.ndarray, # (prompts, G, tokens), see `completion_uniforms`
+    ask_ref:bool=True, # Whether the reference reads them; where its exact divergence is taken it will anyway
 )->Rollout: # On this rank's device
     "Sample completions and let rewards and reference read them"
     eos,ids = models.tokenizer.eos_token_id,[encode_prompt(models.tokenizer, prompt_messages(p), max_tokens+1) for p in prompts]
@@ -87,7 +88,7 @@ def roll_out(
     groups = [g for i in range(0, len(ids), models.rows) for g in generate(models.sampler, ids[i:i+models.rows], uniforms[i:i+models.rows], eos)]
     packed = pack_groups(ids, groups).to(models.device)
     texts = [[models.tokenizer.decode(row, skip_special_tokens=True) for row in group] for group in groups]
-    with compute_context(models.dtype, models.device): ref_logps = torch.cat([token_facts(models.ref, part).logps for part in packed.parts(models.rows)])
+    with compute_context(models.dtype, models.device): ref_logps = torch.cat([token_facts(models.ref, part).logps for part in packed.parts(models.rows)]) if ask_ref else None
     ended = torch.tensor([[float(row[-1]==eos) for row in group] for group in groups], device=models.device)
     rewards = all_rewards(models.rewards, packed, [p['prompt'] for p in prompts], texts, models.rows, models.dtype)
     return Rollout(ids, cut, groups, packed, texts, rewards, ref_logps, ended)
@@ -106,7 +107,7 @@ def shaped_rewards(
     beta:float, # Weight of the distance at present
 )->torch.Tensor: # (groups, G)
     "Rewards with what the settings add to them"
-    rewards = rollout.rewards['reward']+cfg.diversity_bonus*share_that_differs(rollout.texts).to(rollout.ref_logps.device)
+    rewards = rollout.rewards['reward']+cfg.diversity_bonus*share_that_differs(rollout.texts).to(rollout.packed.ids.device)
     if cfg.kl_in=='loss': return rewards
     away = old.kl if cfg.kl=='exact' else kl_estimate(old.logps, rollout.ref_logps, cfg.kl)
     return rewards-beta*(away*rollout.packed.mask).sum(-1)
@@ -128,7 +129,7 @@ def sampled_facts(
 ): # TokenFacts of all groups
     "What the policy said of the completions before it moves"
     parts = [policy_facts(cfg, models, part) for part in rollout.packed.parts(models.rows)]
-    return TokenFacts(*(torch.cat([getattr(p, name) for p in parts]) for name in ('logps','entropy','kl')))
+    return TokenFacts(*(torch.cat([getattr(p, name) for p in parts]) for name in ('logps','entropy','kl','ref_logps')))
 
 def part_loss(
     cfg:UpdateConfig, # Settings
@@ -178,9 +179,10 @@ def update_policy(
         for part in rollout.parts(models.rows):
             facts = policy_facts(cfg, models, packed.rows(part.start, part.stop))
             before = facts.logps.detach() if old is None else old.logps[part]
-            loss,stopped = part_loss(cfg, facts, before, rollout.ref_logps[part], advantages[part], mask[part], beta, totals)
+            ref_logps = facts.ref_logps if rollout.ref_logps is None else rollout.ref_logps[part]
+            loss,stopped = part_loss(cfg, facts, before, ref_logps, advantages[part], mask[part], beta, totals)
             loss.backward()
-            found.append(part_metrics(facts, rollout.ref_logps[part], stopped, packed.mask[part]))
+            found.append(part_metrics(facts, ref_logps, stopped, packed.mask[part]))
         norm = optimizer_step(models.policy, optimizer, ranks)
     refresh_(models.sampler, models.policy)
     means = dict(zip(('kl','exact_kl','entropy','length','clipped'), torch.cat(found).mean((0, 1)).tolist()))
@@ -214,8 +216,9 @@ def merge_rollouts(
     new = {slot:i for i,slot in enumerate(at)}
     def pick(ours, theirs): return [theirs[new[i]] if i in new else row for i,row in enumerate(ours)]
     ids,cut,groups = pick(rollout.ids, other.ids),pick(rollout.cut, other.cut),pick(rollout.groups, other.groups)
-    packed = pack_groups(ids, groups).to(rollout.ref_logps.device)
-    ref_logps = torch.zeros(packed.mask.shape, device=rollout.ref_logps.device)
-    for i,row in enumerate(pick(rollout.ref_logps, other.ref_logps)): ref_logps[i,:,:row.shape[-1]] = row[:,:ref_logps.shape[-1]]
+    packed = pack_groups(ids, groups).to(rollout.packed.ids.device)
+    ref_logps = None if rollout.ref_logps is None else torch.zeros(packed.mask.shape, device=packed.ids.device)
+    if ref_logps is not None:
+        for i,row in enumerate(pick(rollout.ref_logps, other.ref_logps)): ref_logps[i,:,:row.shape[-1]] = row[:,:ref_logps.shape[-1]]
     rewards = {name:torch.stack(pick(rewards, other.rewards[name])) for name,rewards in rollout.rewards.items()}
     return Rollout(ids, cut, groups, packed, pick(rollout.texts, other.texts), rewards, ref_logps, torch.stack(pick(rollout.ended, other.ended)))

@@ -13,7 +13,7 @@ CONFIGS = dict(
     qwen3=Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16),
     gpt2=GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64, resid_pdrop=0., attn_pdrop=0., embd_pdrop=0.),
     mistral=MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=4096),
-    gemma2=Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8))
+    gemma2=Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=None))
 PACKED = pack_groups([[5, 6, 7], [8]], [[[11, 12, 2], [21]], [[31], [41, 42, 43]]])
 
 def model_of(kind):
