@@ -30,6 +30,7 @@ from .sampler import rank_slice
 from .sft import agreed_dtype, skip_stage
 from .trainer import Progress, make_optimizer, memory_help, resume_training, save_training, soft_stop
 from .updates import Models, flat_groups, merge_rollouts, roll_out, rollout_metrics, update_policy
+from .vocab import check_head
 
 # %% ../nbs/03_grpo.ipynb #cell-12
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def first_policy(
     "Load the policy, if it can read what it will be given"
     folder = start_path(cfg.sft_ckpt_path, cfg.path(cfg.sft_ckpt_path), 'sft')
     policy = load_policy(folder, device=device)
+    check_head(policy)
     room,wanted = getattr(policy.config, 'max_position_embeddings', float('inf')),cfg.max_prompt_tokens+cfg.max_new_tokens
     if wanted>room: raise ValueError(f'max_prompt_tokens {cfg.max_prompt_tokens} and max_new_tokens {cfg.max_new_tokens} make {wanted}, and the model at {folder} reads {room} tokens; lower one of them.')
     return folder,policy

@@ -104,12 +104,10 @@ def token_facts(
     packed:Packed, # On the model's device
     ref=None, # The reference, for an exact divergence
     entropy:Literal['none','value','gradient']='none', # Whether to compute entropies, and whether to learn from them
-    theirs:Tensor=None, # (tokens that count, width) the reference's `predicting_states`, where they are known
 )->TokenFacts: # With gradients through the model, not through the reference
     "Log-probability of each completion token, its entropy and its divergence"
     counts = packed.mask.bool()
-    if ref is not None and theirs is None:
-        with torch.no_grad(): theirs = predicting_states(ref, packed)
+    with torch.no_grad(): theirs = None if ref is None else predicting_states(ref, packed)
     facts = head_facts(vocabulary_head(model), predicting_states(model, packed), packed.target[counts], vocabulary_head(ref) if ref is not None else None, theirs, entropy)
     return TokenFacts(*(torch.zeros(counts.shape, device=counts.device).masked_scatter(counts, row) for row in facts))
 

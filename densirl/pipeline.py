@@ -20,7 +20,7 @@ from .data import DataConfig, PromptsConfig, make_data, make_prompts
 from .density import DensityConfig, make_density
 from .files import need, repo_root
 from .grpo import GrpoConfig, train_grpo
-from .launch import ALLOCATOR, cpu_cores, stage_command
+from .launch import cpu_cores, stage_command, with_allocator
 from .looks import eval_steps
 from .mode_collapse import EvalConfig, make_eval
 from .report import DEMO, ReportConfig, make_report
@@ -182,7 +182,7 @@ def start(
             '--log-output', '--no-progress-bar', '-k', 'python3', *words]
     else: command = stage_command(step.configs[0].stage, ['--force' if k=='force' else f'--{k}={v}' for k,v in step.given.items()],
         max(1, torch.cuda.device_count()))
-    env = {**os.environ, **ALLOCATOR, 'OMP_NUM_THREADS':str(threads), 'PYTHONUNBUFFERED':'1', 'DENSIRL_ROOT':str(repo_root())}
+    env = {**with_allocator(), 'OMP_NUM_THREADS':str(threads), 'PYTHONUNBUFFERED':'1', 'DENSIRL_ROOT':str(repo_root())}
     log = notebooks/f'{step.name}.log'
     with open(log, 'w') as out:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=repo_root())

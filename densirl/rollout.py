@@ -46,7 +46,7 @@ class Writing:
         self.chance = torch.as_tensor(uniforms.reshape(-1, tokens), device=device)
         self.text = torch.full((groups*samples, tokens), eos, device=device)
         self.alive = torch.ones(groups, samples, dtype=torch.bool, device=device)
-        self.place = torch.arange(groups*samples, device=device).view(groups, samples)
+        self.rows = torch.arange(groups*samples, device=device).view(groups, samples)
 
     def write(self,
         t:int, # Which token of the completions
@@ -54,27 +54,27 @@ class Writing:
         temperature:float, # 0 is greedy
     )->Tensor: # (rows,) the tokens that were drawn
         "Draw a token for each row"
-        place = self.place.flatten()
-        new = pick_tokens(logits, self.chance[place,t], temperature)
-        self.text[place,t] = torch.where(self.alive.flatten(), new, self.eos)
+        rows = self.rows.flatten()
+        new = pick_tokens(logits, self.chance[rows,t], temperature)
+        self.text[rows,t] = torch.where(self.alive.flatten(), new, self.eos)
         self.alive &= (new!=self.eos).view_as(self.alive)
         return new
 
     def fewer(self)->tuple|None: # Prompts that go on, and (prompts, samples) rows that go on; None while nearly all are alive
         "Let go of what has ended, once a quarter of the rows can go"
-        prompts = self.alive.any(1).nonzero().flatten()
-        most = int(self.alive.sum(1).max())
-        if len(prompts)*most>.75*self.alive.numel(): return None
-        order = self.alive[prompts].int().argsort(dim=1, descending=True, stable=True)[:,:most]
-        rows = prompts[:,None]*self.alive.shape[1]+order
-        self.alive,self.place = (x.flatten()[rows] for x in (self.alive, self.place))
-        return prompts,rows
+        groups,most = self.alive.any(1).nonzero().flatten(),int(self.alive.sum(1).max())
+        if len(groups)*most>.75*self.alive.numel(): return None
+        order = self.alive[groups].int().argsort(dim=1, descending=True, stable=True)[:,:most]
+        rows = groups[:,None]*self.alive.shape[1]+order
+        self.alive,self.rows = (x.flatten()[rows] for x in (self.alive, self.rows))
+        return groups,rows
 
     def completions(self)->list: # Per prompt, a list of `samples` lists of token ids
         "What was written, each text up to its end"
         def until_end(row): return row[:row.index(self.eos)+1] if self.eos in row else row
         return [[until_end(row) for row in group] for group in self.text.unflatten(0, self.shape).tolist()]
 
+# %% ../nbs/core/30_rollout.ipynb #cell-12
 @torch.no_grad()
 def generate(
     model, # A causal language model
@@ -96,7 +96,7 @@ def generate(
         logits = reader.read(new)
     return writing.completions()
 
-# %% ../nbs/core/30_rollout.ipynb #cell-13
+# %% ../nbs/core/30_rollout.ipynb #cell-16
 def sampling_copy(
     model, # The policy, in fp32
     dtype:torch.dtype, # Precision to sample in

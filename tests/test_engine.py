@@ -8,6 +8,7 @@ from densirl.attention import can_see, why_not_seen
 from densirl.decode import CachedReader, Reader, make_reader
 from densirl.logps import group_hidden, pack_groups, token_facts
 from densirl.rollout import completion_uniforms, generate
+from densirl.vocab import check_head
 
 SMALL = dict(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 SHAPES = dict(
@@ -95,6 +96,19 @@ def test_other_attention_falls_back_and_says_why():
     bent = random_model(LlamaConfig(**SMALL, num_key_value_heads=2))
     bent.config.final_logit_softcapping = 30.
     with pytest.raises(NotImplementedError, match='bends its logits'): token_facts(bent, packed)
+
+
+def test_a_model_that_scales_its_logits_unheard_of_is_refused():
+    model = random_model(SHAPES['llama']())
+    check_head(model)
+    forward = model.forward
+
+    def scaled(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = 2*out.logits
+        return out
+    model.forward = scaled
+    with pytest.raises(NotImplementedError, match='not those of its head'): check_head(model)
 
 
 def test_a_large_vocabulary_never_makes_all_logits_at_once(monkeypatch):
