@@ -158,12 +158,13 @@ def test_looks_are_denser_early_and_kept(tiny_run):
     assert {r['step'] for r in read_log(out, 'samples')} == {0, 1, 2, 4, 8}
     assert {f.name for f in (out/'snapshots').iterdir()} == {f'step_{s:06d}' for s in (0, 1, 2, 4, 8)}
 
-def test_flat_groups_are_replaced_and_said(tiny_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize('kl', ['k3', 'exact'])                  # the exact distance asks the reference after groups were replaced
+def test_flat_groups_are_replaced_and_said(tiny_run, tmp_path, monkeypatch, kl):
     "A reward that likes only prompts with an even number of letters more than nothing leaves the others flat"
     (tmp_path/'odd_rewards.py').write_text('def odd(prompts, completions): return [[float(i) if len(p)%2 else 0. for i in range(len(g))] for p, g in zip(prompts, completions)]')
     monkeypatch.syspath_prepend(tmp_path)
-    given = dict(rewards='odd_rewards.odd=1', max_steps=4, prompts_per_step=8)
-    without, replaced = (read_log(train_grpo(config(tiny_run, f'resample_{n}', resample=n, **given)), 'draws') for n in (0, 4))
+    given = dict(rewards='odd_rewards.odd=1', max_steps=4, prompts_per_step=8, kl=kl)
+    without, replaced = (read_log(train_grpo(config(tiny_run, f'resample_{kl}_{n}', resample=n, **given)), 'draws') for n in (0, 4))
     assert sum(len(d['flat']) for d in without) > sum(len(d['flat']) for d in replaced) and any(d['replaced'] for d in replaced)
     assert not any(d['replaced'] for d in without)
 
