@@ -33,17 +33,18 @@ ROWS = 512 # Queries of a block, over all texts of a panel
 class Panel:
     "Texts that look at the same tokens and each at its own past"
     shared:slice # Tokens that all texts see; empty for a prompt
+    span:slice # Where the texts stand, one behind the other
     own:Tensor # (texts, longest) the texts' tokens; where a text has ended, its last one again
     real:Tensor|None # (texts, longest) False where a text has ended; None where all are equally long
 
     def take(self, x:Tensor)->Tensor: # (heads, tokens, width) → (heads, texts, longest, width)
         "The texts of a panel, side by side"
-        if self.real is None: return x[:,self.own[0,0]:self.own[-1,-1]+1].unflatten(1, self.own.shape)
+        if self.real is None: return x[:,self.span].unflatten(1, self.own.shape)
         return x[:,self.own]
 
     def put(self, into:Tensor, x:Tensor)->None: # (heads, tokens, width), and (heads, texts, longest, width)
         "Write the texts of a panel back to their places"
-        if self.real is None: into[:,self.own[0,0]:self.own[-1,-1]+1] = x.flatten(1, 2)
+        if self.real is None: into[:,self.span] = x.flatten(1, 2)
         else: into[:,self.own[self.real]] = x[:,self.real]
 
     def seen(self, x:Tensor)->Tensor: # (heads, tokens, width) → (heads·texts, shared+longest, width)
@@ -71,13 +72,14 @@ def panels(
     "Lay groups that stand one behind the other out as panels"
     found,at = [],0
     for prompt,*completions in sizes:
-        found.append(Panel(slice(at, at), torch.arange(at, at+prompt, device=device)[None], None))
+        begin,at = at,at+prompt
+        found.append(Panel(slice(begin, begin), slice(begin, at), torch.arange(begin, at, device=device)[None], None))
         if completions:
             lengths,longest = torch.tensor(completions),max(completions)
-            first,place = at+prompt+lengths.cumsum(0)-lengths,torch.arange(longest)
+            first,place = at+lengths.cumsum(0)-lengths,torch.arange(longest)
             own,real = first[:,None]+place.minimum(lengths[:,None]-1),place<lengths[:,None]
-            found.append(Panel(slice(at, at+prompt), own.to(device), None if min(completions)==longest else real.to(device)))
-        at += prompt+sum(completions)
+            found.append(Panel(slice(begin, at), slice(at, at+sum(completions)), own.to(device), None if min(completions)==longest else real.to(device)))
+        at += sum(completions)
     return found
 
 # %% ../nbs/core/24_attention.ipynb #cell-11

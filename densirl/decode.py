@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from .attention import SeenAttention, attending_by, refuse_others, why_not_seen
+from .attention import attending_by, refuse_others, seen_attention, why_not_seen
 from .vocab import product_dtype
 
 # %% ../nbs/core/26_decode.ipynb #cell-5
@@ -25,12 +25,15 @@ class Memory:
     ):
         self.sizes,self.samples,self.tokens,self.reading_prompts,self.newest = sizes,samples,tokens,True,-1
         self.at = torch.zeros(1, dtype=torch.long, device=fixed) if fixed else None
+        self.ahead = torch.full((tokens,), float('-inf'), device=fixed) if fixed else None
         self.prompts,self.own,self.beyond = {},{},None
 
     def next(self)->None:
         "From here on one token of each completion is read"
         self.reading_prompts,self.newest = False,self.newest+1
-        if self.at is not None: self.at.fill_(self.newest)
+        if self.at is None: return
+        self.at.fill_(self.newest)
+        self.ahead[self.newest] = 0.
 
 # %% ../nbs/core/26_decode.ipynb #cell-7
 @patch
@@ -56,12 +59,6 @@ def add(self:Memory,
     if self.at is not None: return [held.index_copy_(2, self.at, new) for held,new in zip(self.own[layer], pair)]
     for held,new in zip(self.own[layer], pair): held[:,:,self.newest] = new[:,:,0]
     return [held[:,:,:self.newest+1] for held in self.own[layer]]
-
-@patch
-def ahead(self:Memory)->Tensor|None: # (tokens,) -inf where nothing was written yet; None where all that is kept was written
-    "What a completion must not look at"
-    if self.at is None: return None
-    return torch.zeros(self.tokens, device=self.at.device).masked_fill(torch.arange(self.tokens, device=self.at.device)>self.at, float('-inf'))
 
 # %% ../nbs/core/26_decode.ipynb #cell-9
 @patch
@@ -109,14 +106,13 @@ def memory_attention(
     **others, # What a layer asks for besides; refused where it matters
 )->tuple: # (1 or rows, tokens, query heads, width), and None for the probabilities
     "Attention in the form that transformers calls"
-    refuse_others(module, dropout, others)
-    layer,scale = module.layer_idx,query.shape[-1]**-.5 if scaling is None else scaling
+    query,key = query.to(value.dtype),key.to(value.dtype)
     if memory.reading_prompts:
-        query,key,value = (x[0].to(value.dtype).contiguous() for x in (query, key, value))
-        memory.read_prompts(layer, key, value)
-        return SeenAttention.apply(query, key, value, [[n] for n in memory.sizes], scale).transpose(0, 1)[None],None
-    own = memory.add(layer, key.to(value.dtype), value)
-    return look_back(query.to(value.dtype), memory.prompts[layer], own, memory.beyond, memory.ahead(), scale)[:,None],None
+        memory.read_prompts(module.layer_idx, key[0], value[0])
+        return seen_attention(module, query, key, value, None, scaling, dropout, [[n] for n in memory.sizes], **others)
+    refuse_others(module, dropout, others)
+    scale,own = query.shape[-1]**-.5 if scaling is None else scaling,memory.add(module.layer_idx, key, value)
+    return look_back(query, memory.prompts[module.layer_idx], own, memory.beyond, memory.ahead, scale)[:,None],None
 
 # %% ../nbs/core/26_decode.ipynb #cell-16
 def turned(

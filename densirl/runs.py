@@ -87,8 +87,8 @@ def run_key(
     cfg:StageConfig, # Settings of a run
 )->dict: # What decides its outcome
     "Stage, science, inputs and code of a run: equal keys mean equal results"
-    kinds = {name:name.split('_')[0] for name in cfg.inputs()}
-    inputs = {name:path if kinds[name]=='hub' else input_hash(cfg.path(path), kinds[name]) for name,path in cfg.inputs().items()}
+    kinds = {name:(name.split('_')[0], path) for name,path in cfg.inputs().items()}
+    inputs = {name:path if kind=='hub' else input_hash(cfg.path(path), kind) for name,(kind,path) in kinds.items()}
     return dict(stage=cfg.stage, digest=digest(cfg), config=science(cfg), inputs=inputs, code=code_hash(cfg.module))
 
 def up_to_date(
