@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'SAME', 'prompt_residual', 'pairwise_distance', 'effective_diversity', 'vendi', 'pair_features',
-           'same_probability', 'count_classes', 'diversity_facts']
+           'same_probability', 'label_classes', 'completion_classes', 'diversity_facts']
 
 # %% ../nbs/core/37_diversity.ipynb #cell-2
 from itertools import combinations
@@ -76,14 +76,25 @@ def same_probability(
     "How likely people would call two completions the same"
     return 1/(1+np.exp(-(np.asarray(features)@np.array(model['weights'])+model['intercept'])))
 
-def count_classes(
+def label_classes(
     probabilities:np.ndarray, # (pairs,) that two completions are the same, in the order of `itertools.combinations`
     k:int, # Completions
-)->int: # From 1 to k
-    "How many different completions there are: average linkage, cut at even odds, so that their order does not matter"
+)->list: # The class of each completion
+    "Which completions are the same: average linkage, cut at even odds, so that their order does not matter"
     from scipy.cluster.hierarchy import fcluster, linkage
-    if k<2: return k
-    return int(fcluster(linkage(1-np.asarray(probabilities), 'average'), .5, 'distance').max())
+    if k<2: return [1]*k
+    return fcluster(linkage(1-np.asarray(probabilities), 'average'), .5, 'distance').tolist()
+
+def completion_classes(
+    completions:list, # Texts, cut to the words that are compared
+    vectors:np.ndarray, # (K, width) their embeddings, rows of length one
+    prompt:np.ndarray, # (width,) embedding of the prompt, of length one
+)->list: # The class of each completion
+    "Which completions people would call the same"
+    rest = prompt_residual(vectors, prompt)
+    plain,residual = vectors@vectors.T,rest@rest.T
+    features = [pair_features(completions[i], completions[j], plain[i,j], residual[i,j]) for i,j in combinations(range(len(completions)), 2)]
+    return label_classes(same_probability(features) if features else [], len(completions))
 
 # %% ../nbs/core/37_diversity.ipynb #cell-18
 def diversity_facts(
@@ -96,6 +107,4 @@ def diversity_facts(
     k = len(completions)
     if k<2: return {}
     texts,rest = [first_words(c, most_words) for c in completions],prompt_residual(vectors, prompt)
-    plain,residual = vectors@vectors.T,rest@rest.T
-    features = [pair_features(texts[i], texts[j], plain[i,j], residual[i,j]) for i,j in combinations(range(k), 2)]
-    return dict(diversity=pairwise_distance(rest), lexical_distance=lexical_distance(texts), self_bleu=self_bleu(texts), vendi=vendi(rest), classes=count_classes(same_probability(features), k))
+    return dict(diversity=pairwise_distance(rest), lexical_distance=lexical_distance(texts), self_bleu=self_bleu(texts), vendi=vendi(rest), classes=len(set(completion_classes(texts, vectors, prompt))))

@@ -7,6 +7,7 @@ __all__ = ['flat_map', 'map_sample', 'cluster_names', 'plot_map', 'interactive_m
 
 # %% ../nbs/core/34_maps.ipynb #cell-2
 import numpy as np
+from .render import fill_template
 
 # %% ../nbs/core/34_maps.ipynb #cell-5
 def flat_map(
@@ -79,12 +80,8 @@ def interactive_map(
 )->str: # HTML for a frame of 640 × 520 pixels
     "A map that shows a prompt when the pointer is on it"
     from html import escape
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     low,high = places.min(0),places.max(0)
     places = ((places-low)/np.maximum(high-low, 1e-9)*1000).round().astype(int)
     cut = [t if len(t)<=most_characters else t[:most_characters]+'…' for t in texts]
     data = dict(places=places.tolist(), texts=cut, values={k:[v if isinstance(v, str) else float(f'{v:.4g}') for v in found] for k,found in values.items()})
-    templates = Environment(loader=PackageLoader('densirl'), autoescape=True, undefined=StrictUndefined)
-    templates.policies['json.dumps_kwargs'] = dict(sort_keys=False)
-    page = templates.get_template('map.html').render(data=data)
-    return f'<iframe srcdoc="{escape(page)}" width="660" height="540" style="border:0" title="map of prompts"></iframe>'
+    return f'<iframe srcdoc="{escape(fill_template("map.html", data=data))}" width="660" height="540" style="border:0" title="map of prompts"></iframe>'

