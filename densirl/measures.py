@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEANS', 'measure_prompt', 'reference_samples', 'reference_medians', 'measure_prompts', 'measure_piles', 'last_steps',
-           'describe_draws']
+           'show_means', 'describe_draws']
 
 # %% ../nbs/core/62_measures.ipynb #cell-2
 from collections import defaultdict
@@ -14,6 +14,7 @@ from .controls import control_facts
 from .diversity import diversity_facts, effective_diversity, pairwise_distance, prompt_residual
 from .habits import has_opener, strip_opener
 from .lexical import first_words, pile_facts, pile_size, words
+from .stats import mean_interval
 
 # %% ../nbs/core/62_measures.ipynb #cell-5
 MEANS = ('reward','gold','entropy','length','ended')
@@ -91,7 +92,18 @@ def last_steps(
     for r in rows: found[r['policy']] = max(r['step'], found.get(r['policy'], r['step']))
     return found
 
-# %% ../nbs/core/62_measures.ipynb #cell-14
+# %% ../nbs/core/62_measures.ipynb #cell-13
+def show_means(
+    rows:list, # From `measure_prompts`
+    metrics:tuple=('diversity','lexical_distance','classes','gold','kl','words','loops','refused'), # What to show
+)->None:
+    "Print the means of every policy after its last step, with intervals over prompts"
+    for name,step in last_steps(rows).items():
+        at = [r for r in rows if (r['policy'],r['step'])==(name, step)]
+        found = {m:mean_interval([r[m] for r in at if m in r], bounds=(0, 1) if m in ('lexical_distance','loops','refused') else (-np.inf, np.inf)) for m in metrics}
+        print(f'{name}, step {step}: '+', '.join(f"{m} {v['mean']:.3f}"+(f" [{v['low']:.3f}, {v['high']:.3f}]" if v['n']>1 else '') for m,v in found.items() if v['n']), flush=True)
+
+# %% ../nbs/core/62_measures.ipynb #cell-16
 def describe_draws(
     draws:list, # Records of an arm's `draws.jsonl`
     log_density:dict, # Prompt id → log density of all prompts that could be drawn

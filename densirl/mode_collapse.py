@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPT_FIELDS', 'EvalConfig', 'shared_prompts', 'prompts_to_ask', 'our_prompts', 'choose_prompts', 'find_policies',
-           'check_judges', 'tokens_to_write', 'ask', 'gather_samples', 'judge_samples', 'embeds', 'about_policy',
-           'show_means', 'write_diversity', 'write_artefacts', 'make_eval']
+           'check_judges', 'tokens_to_write', 'ask', 'gather_samples', 'judge_samples', 'embeds', 'write_diversity',
+           'write_artefacts', 'make_eval']
 
 # %% ../nbs/04_eval_mode_collapse.ipynb #cell-5
 import json
@@ -23,14 +23,13 @@ from .density import read_density
 from .dist import join_ranks
 from .embed import embed_cached, load_embedder
 from .files import atomic, need, read_jsonl, read_or_make, text_hash, write_json, write_jsonl
-from .measures import describe_draws, last_steps, measure_piles, measure_prompts, reference_samples
+from .measures import measure_piles, measure_prompts, reference_samples, show_means
 from .models import load_policy, load_tokenizer, start_path
-from .policies import Policy, find_runs, from_run, gold_rewards, read_completions, sample_prompts, weights_by_step, with_looks
+from .policies import Policy, about_policy, find_runs, from_run, gold_rewards, read_completions, sample_prompts, weights_by_step, with_looks
 from .prompt_sets import balanced_prompts, open_prompts, prompt_records
 from .rewards import load_judge
-from .runs import code_hash, input_hash, open_run, read_log, read_manifest, up_to_date
+from .runs import code_hash, input_hash, open_run, read_manifest, up_to_date
 from .sft import agreed_dtype
-from .stats import mean_interval
 
 # %% ../nbs/04_eval_mode_collapse.ipynb #cell-10
 @dataclass(frozen=True)
@@ -230,27 +229,6 @@ def embeds(
     return embedder.name,embedder.digest,lambda texts: embed_cached(embedder, texts, cfg.path('.cache/embeddings'))
 
 # %% ../nbs/04_eval_mode_collapse.ipynb #cell-23
-def about_policy(
-    policy:Policy, # Who was evaluated
-    could:dict, # Prompt id → log density of the prompts it could have drawn
-)->dict: # For `eval.json`
-    "What a comparison must know of a policy"
-    m,drawn = policy.manifest,read_log(policy.folder, 'draws') if policy.manifest.get('stage')=='grpo' and could else []
-    facts = {k:v for k,v in m.get('facts', {}).items() if k in ('dtype','model','reward_model','alpha','effective_share')}
-    return dict(name=policy.name, arm=policy.arm, seed=policy.seed, **{k:m[k] for k in ('stage','digest','config','inputs','code','plan','environment','profile') if k in m}, **facts, **(dict(draws=describe_draws(drawn, could)) if drawn else {}))
-
-# %% ../nbs/04_eval_mode_collapse.ipynb #cell-24
-def show_means(
-    rows:list, # From `measure_prompts`
-    metrics:tuple=('diversity','lexical_distance','classes','gold','kl','words','loops','refused'), # What to show
-)->None:
-    "Print the means of every policy after its last step, with intervals over prompts"
-    for name,step in last_steps(rows).items():
-        at = [r for r in rows if (r['policy'],r['step'])==(name, step)]
-        found = {m:mean_interval([r[m] for r in at if m in r], bounds=(0, 1) if m in ('lexical_distance','loops','refused') else (-np.inf, np.inf)) for m in metrics}
-        print(f'{name}, step {step}: '+', '.join(f"{m} {v['mean']:.3f}"+(f" [{v['low']:.3f}, {v['high']:.3f}]" if v['n']>1 else '') for m,v in found.items() if v['n']), flush=True)
-
-# %% ../nbs/04_eval_mode_collapse.ipynb #cell-25
 def write_diversity(
     cfg:EvalConfig, # Settings
     samples:list, # From `judge_samples`
@@ -278,7 +256,7 @@ def write_artefacts(
     show_rates(tables['rates'])
     return dict(embedders=[dict(name=name, digest=digest)], people=len(human))
 
-# %% ../nbs/04_eval_mode_collapse.ipynb #cell-26
+# %% ../nbs/04_eval_mode_collapse.ipynb #cell-24
 PROMPT_FIELDS = ('id','prompt','messages','log_density','count','src','meta','lang','kind','persona','neutral','constraints')
 
 def make_eval(

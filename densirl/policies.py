@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLD', 'AFTER_TRAINING', 'Policy', 'arm_name', 'from_run', 'find_runs', 'read_completions', 'with_looks',
-           'weights_by_step', 'prompt_uniforms', 'sample_prompts', 'gold_rewards']
+           'weights_by_step', 'prompt_uniforms', 'sample_prompts', 'gold_rewards', 'about_policy']
 
 # %% ../nbs/core/60_policies.ipynb #cell-2
 import glob, re
@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from .files import read_jsonl, text_hash
 from .logps import compute_context, pack_groups, token_facts
+from .measures import describe_draws
 from .models import encode_completion, encode_prompt, prompt_messages
 from .rewards import Judge, score_groups
 from .rollout import completion_uniforms, generate
@@ -174,3 +175,13 @@ def gold_rewards(
         found = score_groups(judge, packed, batch, dtype)
         for g,n in enumerate(part): rewards.update({i:found[g,s].item() for s,i in enumerate(by[n])})
     return [rewards[i] for i in range(len(rows))]
+
+# %% ../nbs/core/60_policies.ipynb #cell-19
+def about_policy(
+    policy:Policy, # Who was evaluated
+    could:dict, # Prompt id → log density of the prompts it could have drawn
+)->dict: # For `eval.json`
+    "What a comparison must know of a policy"
+    m,drawn = policy.manifest,read_log(policy.folder, 'draws') if policy.manifest.get('stage')=='grpo' and could else []
+    facts = {k:v for k,v in m.get('facts', {}).items() if k in ('dtype','model','reward_model','alpha','effective_share')}
+    return dict(name=policy.name, arm=policy.arm, seed=policy.seed, **{k:m[k] for k in ('stage','digest','config','inputs','code','plan','environment','profile') if k in m}, **facts, **(dict(draws=describe_draws(drawn, could)) if drawn else {}))
