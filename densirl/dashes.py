@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['DASHES', 'BEFORE', 'AFTER', 'dash_hits']
 
-# %% ../nbs/core/33_dashes.ipynb #9d7cc513
+# %% ../nbs/core/33_dashes.ipynb #cell-2
 import re
 from .prose import find_hits, prose
 
-# %% ../nbs/core/33_dashes.ipynb #596877c4
+# %% ../nbs/core/33_dashes.ipynb #cell-5
 DASHES = dict(
     em=re.compile(r'(?<![—―])[—―](?![—―])'),
     en=re.compile(r'(?<=[^\S\n])–(?=[^\S\n])'),
     double=re.compile(r'(?<![-\s(\[{])--(?=[\w"“‘\'(])|(?<=[^\S\n])--(?=[^\S\n])|(?<=[^\W\d]{2})--(?=\s|$)'),
     hyphen=re.compile(r'(?<=[^\S\n])-(?=[^\S\n])'))
-BEFORE,AFTER = re.compile(r'(?:\d[%°]?|[=+*/<>]|\b[a-zA-Z])\s*$'),re.compile(r'\s*[$€£]?(?:\d|[=+*/<>]|[a-zA-Z]\s*=)')
+BEFORE,AFTER = re.compile(r'(?:\d[%°]?(?:\s?[ap]m)?|[=+*/<>)-]|\b[a-zA-Z])\s*$', re.IGNORECASE),re.compile(r'\s*(?:\(?[$€£]?\d|[=+*/<>(-]|[a-zA-Z]\s*=)')
 
 def dash_hits(
     completion:str, # A completion

@@ -48,6 +48,7 @@ class EvalConfig(StageConfig):
     temperature:float = 1. # Of the sampling
     embedder:str = 'minilm' # What measures distances: minilm, tfidf, lm, or a sentence-transformers model
     second_embedder:str = 'tfidf' # What must agree with it in sign; vectors of tfidf depend on all texts of the evaluation
+    languagetool_url:str = '' # LanguageTool server for grammar in many languages, such as http://localhost:8081; empty for none
     max_words:int = 96 # Words of a completion that are compared, its first: about 128 tokens of English
     words_each:int = 40 # Words of a completion that a pile across prompts takes
     runs:tuple[str,...] = where(()) # Patterns of run folders, such as 'outs/study/*/seed_*'; empty, with no other policies either, is outs/grpo and outs/grpo_baseline
@@ -58,7 +59,6 @@ class EvalConfig(StageConfig):
     prompts_path:str = where('.cache/data/prompts_all.jsonl') # Prompts, which know their folds
     density_path:str = where('.cache/data/density.parquet') # Neighbour distances
     pairs_path:str = where('.cache/data/pairs_all.jsonl') # Preference pairs, of which answers of Stack Exchange were written by people; for artefacts, where it is there
-    languagetool_url:str = where('') # LanguageTool server for grammar in many languages, such as http://localhost:8081
     batch_size:int = where(8) # Prompts that are sampled or judged together
     out_path:str = where('outs/eval') # Where samples and measurements go; artefacts go to the folder of that name with _artefacts
 
@@ -76,7 +76,8 @@ class EvalConfig(StageConfig):
         judged = dict(gold=self.gold_path) if self.is_judged() else {}
         weights = {} if looked else {f'grpo_{p.name}_{step}':f for p in found for step,f in weights_by_step(p).items()}
         ref = dict(sft=self.ref_path) if (runs and not looked) or (models and self.path(self.ref_path).exists()) else {}
-        return runs|weights|models|files|ours|judged|ref
+        people = dict(pairs=self.pairs_path) if self.suite=='artefacts' and self.path(self.pairs_path).exists() else {}
+        return runs|weights|models|files|ours|judged|ref|people
 
     def outputs(self): return [self.out_path if self.suite=='diversity' else f'{self.out_path}_artefacts']
 

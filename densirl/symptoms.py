@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SUMS', 'SYMPTOMS', 'all_hits', 'count_symptoms', 'is_plain', 'symptom_rows', 'table_of', 'split_policies',
-           'rate_rows', 'language_rows', 'mistake_rows']
+           'rate_rows', 'rates_of', 'language_rows', 'mistake_rows']
 
 # %% ../nbs/core/63_symptoms.ipynb #cell-2
 from collections import defaultdict
@@ -38,7 +38,7 @@ def count_symptoms(
 )->dict: # words of English prose; the count of each of `SYMPTOMS`; language, in_language and foreign as from `language_facts`
     "What one completion shows; a completion in another language has no words of English and no counts"
     facts = language_facts(completion, expected)
-    english = facts['language'] in ('en','')
+    english = (facts['language'] or expected or 'en')=='en'
     found = [hit.kind for hit in all_hits(completion)] if english else []
     counts = {kind:found.count(kind) for kind in KINDS}
     return dict(facts, words=count_words(completion) if english else 0, **counts, **{name:sum(counts[k] for k in parts) for name,parts in SUMS.items()})
@@ -95,6 +95,15 @@ def rate_rows(
     return found
 
 # %% ../nbs/core/63_symptoms.ipynb #cell-14
+def rates_of(
+    completions:list, # Texts
+    prompts:list=(), # Name of each one's prompt; empty where each has its own
+)->dict: # Symptom → as from `rate_interval`
+    "How often each symptom occurs in texts"
+    rows = [dict(count_symptoms(c), prompt_id=name) for c,name in zip(completions, prompts or range(len(completions)))]
+    return {symptom:rate_interval(table_of(rows, symptom)) for symptom in SYMPTOMS}
+
+# %% ../nbs/core/63_symptoms.ipynb #cell-17
 def language_rows(
     rows:list, # From `symptom_rows`
 )->list: # Records: policy, lang of the prompts, in_language and foreign as from `grouped_interval`
@@ -106,7 +115,7 @@ def language_rows(
             found.append(dict(policy=name, lang=lang, **{k:grouped_interval([r[k] for r in told], [r['prompt_id'] for r in told], bounds=(0, 1)) for k in ('in_language','foreign')}))
     return found
 
-# %% ../nbs/core/63_symptoms.ipynb #cell-17
+# %% ../nbs/core/63_symptoms.ipynb #cell-20
 def mistake_rows(
     samples:list, # Samples
     prompts:list, # Records with `id` and `prompt`
