@@ -7,7 +7,7 @@ __all__ = ['CALIBRATED', 'FORMS', 'ENDINGS', 'GRAMMAR', 'clean_sentences', 'othe
            'calibrate', 'describe']
 
 # %% ../nbs/core/38_calibration.ipynb #cell-2
-import importlib.resources, re
+import importlib.resources
 import numpy as np
 from .checkers import TOKEN, Checker
 from .stats import share_interval
@@ -88,7 +88,7 @@ def calibrate(
         found[kind] = [len(checker.check(b, lang))>n for b,n in broken if b and b not in clean]
     found['grammar'] = [seen for kind in GRAMMAR for seen in found[kind]]
     recall = {kind:share_interval(seen) for kind,seen in found.items() if seen}
-    claims = 'grammar' if recall['grammar']['mean']>=.5 else 'spelling' if recall['letters']['mean']>=.5 else ''
+    claims = checker.kind if recall[dict(spelling='letters', grammar='grammar')[checker.kind]]['mean']>=.5 else ''
     return dict(checker=checker.name, lang=lang, recall=recall, false_alarms=share_interval([n>0 for n in alarms]),
         per_100_words=100*sum(alarms)/sum(len(TOKEN.findall(s)) for s in clean), claims=claims)
 

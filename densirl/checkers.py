@@ -23,8 +23,9 @@ from .prose import Hit, prose
 class Checker:
     "Something that finds mistakes"
     name:str # As it is reported
+    kind:str # What its alarms are about: spelling or grammar
     languages:tuple # Codes of the languages it reads
-    check:Callable # (text, code) → hits of kind spelling or grammar
+    check:Callable # (text, code) → hits of that kind
 
 # %% ../nbs/core/37_checkers.ipynb #cell-7
 DICTIONARIES = dict(en=('en_US','en_GB'), de=('de_DE',), fr=('fr_FR',), es=('es_ES',), it=('it_IT',), pt=('pt_PT','pt_BR'), ru=('ru_RU',), nl=('nl_NL',), pl=('pl_PL',), sv=('sv_SE',), cs=('cs_CZ',), uk=('uk_UA',), ro=('ro_RO',), da=('da_DK',))
@@ -63,7 +64,7 @@ def spelling_hits(
         if not is_word(word, lang): found.append(Hit('spelling', *m.span()))
     return found
 
-SPELLING = Checker('hunspell', tuple(DICTIONARIES), spelling_hits)
+SPELLING = Checker('hunspell', 'spelling', tuple(DICTIONARIES), spelling_hits)
 
 # %% ../nbs/core/37_checkers.ipynb #cell-10
 HARPER_GRAMMAR = ('Agreement','Grammar','Repetition','Usage','Miscellaneous','WordChoice','BoundaryError','Eggcorn','Malapropism','Nonstandard','Typo')
@@ -82,7 +83,7 @@ def harper_hits(
     plain = prose(text)
     return [Hit('grammar', lint.span.start, lint.span.end) for lint in harper().lint(plain) if lint.lint_kind in HARPER_GRAMMAR]
 
-HARPER = Checker('harper', ('en',), harper_hits)
+HARPER = Checker('harper', 'grammar', ('en',), harper_hits)
 
 # %% ../nbs/core/37_checkers.ipynb #cell-13
 TYPOGRAPHY = ('apos','nbsp','esp','tab','typo','num','unit','liga','mapos','chim')
@@ -106,7 +107,7 @@ def grammalecte_hits(
         start += len(line)+1
     return sorted(found, key=lambda hit:hit.start)
 
-GRAMMALECTE = Checker('grammalecte', ('fr',), grammalecte_hits)
+GRAMMALECTE = Checker('grammalecte', 'grammar', ('fr',), grammalecte_hits)
 
 # %% ../nbs/core/37_checkers.ipynb #cell-14
 LANGUAGETOOL = dict(en='en-US', de='de-DE', fr='fr', es='es', it='it', pt='pt-PT', ru='ru-RU', nl='nl', pl='pl-PL', uk='uk-UA', ro='ro-RO', sv='sv', da='da-DK', zh='zh-CN', ja='ja-JP')
@@ -114,21 +115,24 @@ NOT_GRAMMAR = ('style','typographical','whitespace','locale-violation','register
 
 def language_tool(
     url:str, # Of a LanguageTool server, such as 'http://localhost:8081'
-)->Checker:
-    "A checker that asks a LanguageTool server (its HTTP interface, version 2)"
-    def check(text, lang):
+)->list: # Two checkers, of spelling and of grammar
+    "Checkers that ask a LanguageTool server (its HTTP interface, version 2)"
+    @lru_cache(maxsize=2**12)
+    def ask(text, lang):
         query = urlencode(dict(text=prose(text), language=LANGUAGETOOL[lang])).encode()
         try:
             with urlopen(f'{url.rstrip("/")}/v2/check', query, timeout=60) as reply: found = json.load(reply)['matches']
         except URLError as error: raise RuntimeError(f'The LanguageTool server at {url} does not answer ({error.reason}); start it, or leave --languagetool_url empty.') from error
         kinds = [(m, m['rule'].get('issueType', 'uncategorized')) for m in found]
         return [Hit('spelling' if kind=='misspelling' else 'grammar', m['offset'], m['offset']+m['length']) for m,kind in kinds if kind not in NOT_GRAMMAR]
-    return Checker('languagetool', tuple(LANGUAGETOOL), check)
+    def only(kind): return lambda text, lang: [hit for hit in ask(text, lang) if hit.kind==kind]
+    return [Checker(f'languagetool {kind}', kind, tuple(LANGUAGETOOL), only(kind)) for kind in ('spelling','grammar')]
 
+# %% ../nbs/core/37_checkers.ipynb #cell-15
 def checkers_for(
     lang:str, # Code
     url:str='', # Of a LanguageTool server; empty for none
 )->list: # Checkers that read it and are installed
     "Who can read a language here"
-    here = [SPELLING,HARPER]+([GRAMMALECTE] if find_spec('grammalecte') else [])+([language_tool(url)] if url else [])
+    here = [SPELLING,HARPER]+([GRAMMALECTE] if find_spec('grammalecte') else [])+(language_tool(url) if url else [])
     return [c for c in here if lang in c.languages]

@@ -24,5 +24,6 @@ def dash_hits(
     plain = prose(completion)
     def is_dash(hit):
         before,after = plain[:hit.start].rpartition('\n')[2],plain[hit.end:].partition('\n')[0]
-        return (hit.kind in ('em','double') or (before.strip() and after.strip())) and not (BEFORE.search(before) and AFTER.match(after))
+        spaced = hit.kind=='em' and before.endswith(' ')
+        return (hit.kind in ('em','double') or (before.strip() and after.strip())) and (spaced or not (BEFORE.search(before) and AFTER.match(after)))
     return list(filter(is_dash, find_hits(completion, DASHES)))

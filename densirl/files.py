@@ -172,9 +172,9 @@ def read_jsonl(
 
 # %% ../nbs/core/01_files.ipynb #cell-27
 MADE_BY = dict(pairs='densirl data', prompts='densirl prompts', density='densirl density', sft='densirl sft',
-    rm='densirl rm', gold='densirl rm --fold gold', grpo='densirl grpo', eval='densirl eval', compare='densirl compare')
+    rm='densirl rm', gold='densirl rm --fold gold', grpo='densirl grpo', eval='densirl eval', compare='densirl compare', artefacts='densirl eval --suite artefacts')
 WHAT = dict(pairs='file of preference pairs', prompts='file of prompts', density='density file', sft='SFT checkpoint',
-    rm='reward model', gold='second judge', grpo='policy', eval='evaluation', compare='comparison', plan='pre-registration', source='source file')
+    rm='reward model', gold='second judge', grpo='policy', eval='evaluation', compare='comparison', artefacts='evaluation of artefacts', plan='pre-registration', source='source file')
 
 def need(
     path:Path, # File or folder that a stage reads

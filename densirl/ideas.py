@@ -9,7 +9,7 @@ __all__ = ['utility', 'are_good', 'idea_facts']
 import numpy as np
 from .controls import loops, refuses
 from .diversity import completion_classes
-from .lexical import first_words, words
+from .lexical import words
 
 # %% ../nbs/core/41_ideas.ipynb #cell-5
 def utility(
@@ -34,13 +34,12 @@ def are_good(
     return [bool(words(r['completion'])) and not refuses(r['completion']) and not loops(r['completion']) for r in rows]
 
 def idea_facts(
-    rows:list, # Samples of one prompt, in the order in which they were drawn
-    vectors:np.ndarray, # (K, width) embeddings of their first words, rows of length one
+    rows:list, # Samples of one prompt, in the order in which they were drawn; completions cut to the words that are compared
+    vectors:np.ndarray, # (K, width) their embeddings, rows of length one
     prompt:np.ndarray, # (width,) embedding of the prompt, of length one
     threshold:float=None, # As for `are_good`
-    most_words:int=96, # Words that are compared
 )->dict: # ideas, from 0 to K; utility; good, the share that is; judged, whether a judge has said so
     "How many good ideas there are, and how soon"
     good = are_good(rows, threshold)
-    classes = completion_classes([first_words(r['completion'], most_words) for r in rows], vectors, prompt)
+    classes = completion_classes([r['completion'] for r in rows], vectors, prompt)
     return dict(ideas=len({c for c,ok in zip(classes, good) if ok}), utility=utility(classes, good), good=float(np.mean(good)), judged=threshold is not None)

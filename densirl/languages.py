@@ -40,18 +40,20 @@ def language_of_prose(
     code,sure = identifier().classify(plain)
     return code,float(sure)
 
+# %% ../nbs/core/36_languages.ipynb #cell-6
 def language_of(
     text:str, # A completion
 )->tuple: # Code such as 'en', empty where too little is said; how sure, from 0 to 1
     "The language of the prose of a text"
-    return language_of_prose(prose(text)[:1000], 20)
+    return language_of_prose(' '.join(prose(text).split())[:2000], 20)
 
-# %% ../nbs/core/36_languages.ipynb #cell-8
+# %% ../nbs/core/36_languages.ipynb #cell-9
 def prompt_language(
     record:dict, # A prompt, with `lang`, or with `meta` that has it, or with neither
 )->str: # Code; empty where it cannot be told
     "The language in which a completion is expected"
-    return record.get('lang') or record.get('meta', {}).get('lang') or language_of(record.get('prompt', ''))[0]
+    told = record.get('lang') or (record.get('meta') or {}).get('lang')
+    return told if told in LANGUAGES else language_of(record.get('prompt', ''))[0]
 
 def language_facts(
     completion:str, # A completion

@@ -97,10 +97,9 @@ def prompts_to_ask(
     log_density:dict, # Prompt id → log density
 )->list: # Records with `id` and `prompt`
     "The prompts that policies will complete"
-    suite = suite_prompts(cfg.n_prompts) if cfg.suite=='artefacts' else []
-    if cfg.prompt_set=='eval' and (known or not suite): return suite+balanced_prompts([p for p in known.values() if p.get('fold')=='eval'], log_density, cfg.n_prompts)
-    own = open_prompts() if cfg.prompt_set=='open' else prompt_records(read_jsonl(cfg.path(cfg.prompt_set))) if cfg.prompt_set!='eval' else []
-    return list({p['id']:p for p in suite+own[:cfg.n_prompts]}.values())
+    if cfg.prompt_set=='eval': own = balanced_prompts([p for p in known.values() if p['fold']=='eval'], log_density, cfg.n_prompts)
+    else: own = (open_prompts() if cfg.prompt_set=='open' else prompt_records(read_jsonl(cfg.path(cfg.prompt_set))))[:cfg.n_prompts]
+    return list({p['id']:p for p in own+(suite_prompts(cfg.n_prompts) if cfg.suite=='artefacts' else [])}.values())
 
 def our_prompts(
     cfg:EvalConfig, # Settings
@@ -171,7 +170,7 @@ def ask(
     dtype:torch.dtype, # Precision of the products
 )->list: # Samples
     "Let one checkpoint complete the prompts, unless it has done so before"
-    sizes = dict(max_prompt_tokens=cfg.max_prompt_tokens, max_new_tokens=tokens, temperature=cfg.temperature, seed=cfg.seed, run=policy.seed)
+    sizes = dict(max_prompt_tokens=cfg.max_prompt_tokens, max_new_tokens=tokens, temperature=cfg.temperature, seed=cfg.seed, run=policy.seed, with_facts=cfg.suite=='diversity')
     hashed,parts = [input_hash(Path(f), 'grpo') if Path(f).exists() else f for f in (folder, ref) if f],defaultdict(list)
     for p in prompts: parts[min(p.get('samples', cfg.n_samples), cfg.n_samples)].append(p)
     def sample():
@@ -196,7 +195,7 @@ def gather_samples(
         found = policy.ready or start|weights_by_step(policy)
         if cfg.suite=='artefacts': found = {step:found[step] for step in {min(found), max(found)}}
         if policy.ready: return found
-        return {step:ask(cfg, policy, start_path(folder, Path(folder), 'grpo'), prompts, ref, tokens, ranks.device, dtype) for step,folder in found.items()}
+        return {step:ask(cfg, policy, start_path(folder, Path(folder), 'grpo'), prompts, ref if cfg.suite=='diversity' else '', tokens, ranks.device, dtype) for step,folder in found.items()}
     return [dict(row, policy=p.name, arm=p.arm, seed=p.seed, step=step) for p in policies for step,rows in sorted(steps(p).items()) for row in rows if row['prompt_id'] in wanted]
 
 # %% ../nbs/04_eval_mode_collapse.ipynb #cell-20

@@ -149,14 +149,12 @@ def fidelity(
     features:np.ndarray, # (texts, width) of the policy
     personas:np.ndarray, # (texts,) all of them personas of the reference
     prompts:np.ndarray, # (texts,) neutral prompt of each
-    reference_prompts:np.ndarray=(), # (texts,) of the reference; without them a prompt may be judged by a probe that knows it
+    reference_prompts:np.ndarray, # (texts,) of the reference, so that no prompt is judged by a probe that has read it
 )->dict: # Share of the policy's texts that a probe of the reference's voices recognises, with its interval over prompts
     "Whether a policy's personas sound as the reference's do"
     if missing := set(personas)-set(reference_personas): raise ValueError(f'the reference has no persona {min(missing)!r}')
-    if len(reference_prompts):
-        parts = zip((reference_features, reference_personas, reference_prompts), (features, personas, prompts))
-        found = held_out(*map(np.concatenate, parts), np.arange(len(reference_personas)+len(personas))<len(reference_personas))[len(reference_personas):]
-    else: found = fit_probe(reference_features, reference_personas).predict(features)
+    parts = zip((reference_features, reference_personas, reference_prompts), (features, personas, prompts))
+    found = held_out(*map(np.concatenate, parts), np.arange(len(reference_personas)+len(personas))<len(reference_personas))[len(reference_personas):]
     return grouped_interval(found==personas, prompts, bounds=(0.,1.))
 
 # %% ../nbs/core/39_personas.ipynb #cell-28
@@ -216,13 +214,13 @@ def rows_style(
 def persona_facts(
     rows:list, # Of one policy: records with `completion`, `persona` ('' for none), `neutral`
     reference_rows:list=(), # The same of the reference
-)->dict: # accuracy, chance, between, consistency; fidelity with a reference; leak with rows without a persona; {} below two personas or prompts
+)->dict: # accuracy, chance, between, consistency; with a reference fidelity, where it knows all the personas, and leak, where there are rows without one; {} below two personas or prompts
     "How well one policy changes its voice"
     heard,plain,reference = heard_rows(rows),[r for r in rows if not r['persona']],heard_rows(reference_rows)
     if any(len({r[k] for r in heard})<2 for k in ('persona','neutral')): return {}
     own = rows_style(heard)
     found = dict(control(*own), consistency=consistency(*own))
-    first = rows_style(reference) if reference else own
-    if reference: found['fidelity'] = fidelity(*first[:2], *own, first[2])
-    if plain: found['leak'] = leak(fit_probe(*first[:2]), rows_style(plain)[0])
-    return found
+    if any(len({r[k] for r in reference})<2 for k in ('persona','neutral')): return found
+    first,known = rows_style(reference),{r['persona'] for r in reference}
+    if {r['persona'] for r in heard}<=known: found['fidelity'] = fidelity(*first[:2], *own, first[2])
+    return dict(found, leak=leak(fit_probe(*first[:2]), rows_style(plain)[0])) if plain else found

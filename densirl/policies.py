@@ -130,6 +130,7 @@ def sample_prompts(
     run:int=0, # As in `prompt_uniforms`
     batch:int=8, # Prompts that are completed together
     dtype:torch.dtype=torch.float32, # Precision of the products
+    with_facts:bool=True, # Whether to compute entropy and divergence, which costs more than short completions do
 )->list: # One record per completion
     "Let a policy complete prompts"
     rows,device = [],str(next(model.parameters()).device)
@@ -138,14 +139,12 @@ def sample_prompts(
         ids = [encode_prompt(tokenizer, prompt_messages(p), max_prompt_tokens) for p in part]
         with compute_context(dtype, device):
             written = generate(model, ids, np.stack([prompt_uniforms(seed, run, p['id'], samples, max_new_tokens) for p in part]), tokenizer.eos_token_id, temperature)
-            packed = pack_groups(ids, written).to(device)
-            facts = token_facts(model, packed, ref, 'value')
-        lengths = packed.mask.sum(-1)
+            facts = token_facts(model, pack_groups(ids, written).to(device), ref, 'value') if with_facts else None
         for g,p in enumerate(part):
             for s,tokens in enumerate(written[g]):
-                drift = dict(exact_kl=facts.kl[g,s].sum().item()) if ref is not None else {}
-                rows.append(dict(prompt_id=p['id'], sample=s, completion=tokenizer.decode(tokens, skip_special_tokens=True), length=int(lengths[g,s]),
-                    ended=tokens[-1]==tokenizer.eos_token_id, entropy=(facts.entropy[g,s].sum()/lengths[g,s]).item(), **drift))
+                told = dict(entropy=facts.entropy[g,s].sum().item()/len(tokens)) if with_facts else {}
+                if with_facts and ref is not None: told['exact_kl'] = facts.kl[g,s].sum().item()
+                rows.append(dict(prompt_id=p['id'], sample=s, completion=tokenizer.decode(tokens, skip_special_tokens=True), length=len(tokens), ended=tokens[-1]==tokenizer.eos_token_id, **told))
     return rows
 
 # %% ../nbs/core/60_policies.ipynb #cell-16

@@ -13,11 +13,11 @@ from .lexical import words
 
 # %% ../nbs/core/29_prose.ipynb #cell-5
 NOT_PROSE = tuple(re.compile(pattern, re.MULTILINE) for pattern in (
-    r'^[ \t]*(?P<fence>```|~~~)[\s\S]*?(?:^[ \t]*(?P=fence)[ \t]*$|\Z)', # Blocks of code
+    r'^[ \t]*(?P<fence>`{3,}|~{3,})[^`\n]*\n[\s\S]*?(?:^[ \t]*(?P=fence)[`~]*[ \t]*$|\Z)', # Blocks of code
     r'<!--[\s\S]*?-->', r'</?[a-zA-Z][^<>\n]*>', # HTML
     r'\$\$[\s\S]+?\$\$', r'\\\[[\s\S]+?\\\]', r'\\\([^\n]+?\\\)', # Formulas
-    r'`[^`\n]+`', r'(?:https?://|www\.)[^\s)>\]]+', r'\S+@\S+\.\w+', # Code in a line, addresses
-    r'^[ \t]*\|.*$', r'^.*\|[ \t]*:?-{2,}.*$', # Tables
+    r'`{1,3}[^`\n]+`{1,3}', r'(?:https?://|www\.)[^\s)>\]]+', r'\S+@\S+\.\w+', # Code in a line, addresses
+    r'^[ \t]*\|.*$', r'^[^\n]*\|[^\n]*\n[ \t]*:?-{2,}:?[ \t]*\|[-:| \t]*(?:\n[^\n]*\|[^\n]*)*', # Tables
     r'^[ \t]*[-*_=–—]{2,}[ \t]*$', r'^[ \t]*(?:[-*_][ \t]+){2,}[-*_][ \t]*$', # Rules
     r'^[ \t]*(?:>[ \t]*)*(?:[-*+•–—]|\d+[.)]|#+)[ \t]+', # Signs that begin an item or a heading
     r'\*{1,3}|(?<!\w)_{1,3}(?=\w)|(?<=\w)_{1,3}(?!\w)')) # Emphasis

@@ -219,13 +219,16 @@ def report_figures(
 # %% ../nbs/core/80_report.ipynb #cell-24
 def read_artefacts(
     folder:Path, # Of an evaluation with the suite artefacts, perhaps not there
-    policies:set, # Names of the policies that the report is about
-)->dict: # tables and examples; empty where it is not there, or of others
+    policies:list, # Of `eval.json` of the evaluation that is compared
+    names:set, # Those that are compared
+)->dict: # tables and examples; empty where it is not there, or of other policies
     "The symptoms of the policies that are compared"
     if not (folder/'artefacts.json').exists(): return {}
-    measured = {p['name'] for p in read_json(folder/'eval.json')['policies']}
-    if not policies<=measured:
-        print(f'The symptoms at {folder} are left out: they are not of {", ".join(sorted(policies-measured))}; run `densirl eval --suite artefacts` for the policies that are compared.', flush=True)
+    def which(found): return {p['name']:[p.get(k) for k in ('digest','code','inputs')] for p in found if p['name'] in names}
+    measured = which(read_json(folder/'eval.json')['policies'])
+    others = sorted(name for name,known in which(policies).items() if measured.get(name)!=known)
+    if others:
+        print(f'The symptoms at {folder} are left out: they are not of {", ".join(others)} as compared; run `densirl eval --suite artefacts` for the policies that are compared.', flush=True)
         return {}
     return dict(tables=read_json(folder/'artefacts.json'), examples=marked_examples(*(list(read_jsonl(folder/f'{name}.jsonl')) for name in ('samples','prompts'))))
 
@@ -241,7 +244,7 @@ def make_report(
         summary,folder = gather_summary(cfg),cfg.path(cfg.eval_path)
         rows = side_by_side(list(read_jsonl(folder/'samples.jsonl')), list(read_jsonl(folder/'prompts.jsonl')), {arm:names[0] for arm,names in summary['arms'].items()})
         write_json(out/'summary.json', summary)
-        artefacts = read_artefacts(cfg.path(cfg.artefacts_path), {r['name'] for r in summary['runs']})
+        artefacts = read_artefacts(cfg.path(cfg.artefacts_path), read_json(folder/'eval.json')['policies'], {r['name'] for r in summary['runs']})
         with atomic(out/'report.html') as file: file.write(render(summary=summary, figures=report_figures(summary), rows=rows, artefacts=artefacts))
         run.facts.update(summary['used'])
     return out

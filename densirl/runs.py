@@ -16,7 +16,7 @@ from .config import StageConfig, digest, science
 from .files import MADE_BY, WHAT, file_hash, need, raise_if_full, read_json, read_jsonl, remove_halves, text_hash, write_json
 
 # %% ../nbs/core/10_runs.ipynb #cell-5
-PACKAGE_DATA = dict(corpus='phrases', prompt_sets='prompts', report='templates') # Module → folder of texts that it reads
+PACKAGE_DATA = dict(corpus='phrases', slop='phrases', prompt_sets='prompts', personas='prompts', calibration='sentences', render='templates') # Module → folder of texts that it reads
 
 def module_imports(
     tree:ast.AST, # A parsed module of this package

@@ -9,9 +9,10 @@ __all__ = ['slop_pattern', 'slop_hits', 'terms', 'over_use', 'half_of', 'learned
 import importlib.resources, json, re
 from collections import Counter
 from functools import cache
+from itertools import chain
 import numpy as np
 from .lexical import words
-from .prose import find_hits, prose
+from .prose import count_words, find_hits, prose
 from .rates import by_prompt, rate_ratio
 from .text import prompt_id
 
@@ -32,25 +33,25 @@ def slop_hits(
 # %% ../nbs/core/35_slop.ipynb #cell-8
 def terms(
     text:str, # A completion
-)->set: # Words, and pairs of neighbours
-    "What a completion says at least once"
+)->Counter: # Words, and pairs of neighbours, with how often they occur
+    "What a completion says"
     said = words(prose(text))
-    return {*said, *map(' '.join, zip(said, said[1:]))}
+    return Counter([*said, *map(' '.join, zip(said, said[1:]))])
 
 def over_use(
-    counts:Counter, # Term → completions of the policy that have it
-    reference:Counter, # Term → completions of the reference that have it
-    n:int, # Completions of the policy
-    m:int, # Completions of the reference
-    strength:float=10., # Completions that the prior weighs
+    counts:Counter, # Term → times the policy says it
+    reference:Counter, # Term → times the reference says it
+    n:int, # Words of the policy
+    m:int, # Words of the reference
+    strength:float=500., # Words that the prior weighs
 )->dict: # Term → z, above 0 where the policy says it more often
     "Which terms the policy prefers"
-    terms = list(counts|reference)
-    a,b = (np.array([c[t] for t in terms], float) for c in (counts, reference))
+    names = list(counts|reference)
+    a,b = (np.array([c[t] for t in names], float) for c in (counts, reference))
     prior = strength*(a+b+.5)/(n+m+1)
     have,lack = (a+prior, b+prior),(n-a+strength-prior, m-b+strength-prior)
     rise = np.log(have[0]/lack[0])-np.log(have[1]/lack[1])
-    return dict(zip(terms, (rise/np.sqrt(sum(1/x for x in have+lack))).tolist()))
+    return dict(zip(names, (rise/np.sqrt(sum(1/x for x in have+lack))).tolist()))
 
 # %% ../nbs/core/35_slop.ipynb #cell-11
 def half_of(
@@ -63,15 +64,15 @@ def learned_slop(
     rows:list, # Of the policy: records with `completion` and `prompt_id`
     reference:list, # The same of the reference
     most:int=50, # Terms to take from each half
-)->dict: # As from `rate_ratio`, the mean number of such terms in a completion as the rate; terms of both halves, of either
-    "How many of the terms that a policy overuses come again on other prompts"
-    sides = [[(half_of(r['prompt_id']), r['prompt_id'], terms(r['completion'])) for r in side] for side in (rows, reference)]
+)->dict: # As from `rate_ratio`, of such terms in as many words; both, terms of both halves; either, of either
+    "How much more often terms that a policy overuses come again on other prompts"
+    sides = [[(half_of(r['prompt_id']), r['prompt_id'], terms(r['completion']), count_words(r['completion'])) for r in side] for side in (rows, reference)]
     found,tables = [],([], [])
     for half in (0, 1):
-        seen = [Counter(term for part,_,said in side if part==half for term in said) for side in sides]
-        z = over_use(*seen, *(sum(part==half for part,_,_ in side) for side in sides))
+        seen = [Counter(chain.from_iterable(said.elements() for part,_,said,_ in side if part==half)) for side in sides]
+        z = over_use(*seen, *(sum(n for part,_,_,n in side if part==half) for side in sides))
         taken = {term for term in sorted(z, key=z.get, reverse=True)[:most] if z[term]>0}
         found.append(taken)
-        for side,table in zip(sides, tables): table += [(len(said&taken), 1, prompt) for part,prompt,said in side if part!=half]
-    ratio = rate_ratio(*(by_prompt(*zip(*table)) if table else {} for table in tables))
+        for side,table in zip(sides, tables): table += [(sum(said[t] for t in taken), n, prompt) for part,prompt,said,n in side if part!=half and n]
+    ratio = rate_ratio(tuple(by_prompt(*zip(*table)) if table else {} for table in tables))
     return dict(ratio, both=sorted(found[0]&found[1]), either=sorted(found[0]|found[1]))

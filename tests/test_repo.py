@@ -10,7 +10,7 @@ BIN = Path(sys.executable).parent
 # Imports go strictly downward. The one place where the plan of DESIGN is drawn: change it here when the code wants it.
 FLOORS = dict(
     text=0, files=0, config=.5,
-    runs=1, launch=1, stats=1, weights=1, estimators=1, rates=1, sampler=1.5, tally=1,
+    runs=1, launch=1, stats=1, weights=1, estimators=1, rates=1.3, sampler=1.5, tally=1,
     crossed=1.2, curves=1.2, verdict=1.4, simulate=1.5,
     corpus=2, checkpoints=2, objectives=2, habits=2, embed=2.2, dist=2, models=2, attention=2, vocab=2, decode=2.1, logps=2.1, shapes=2, near=2, guards=2, neighbours=2.2,
     sources=2.2, data=2.5, maps=2.5, judging=2.5, heads=2, pairs=2.5,
