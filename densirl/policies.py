@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLD', 'AFTER_TRAINING', 'Policy', 'arm_name', 'from_run', 'find_runs', 'read_completions', 'with_looks',
-           'weights_by_step', 'prompt_uniforms', 'sample_prompts', 'gold_rewards', 'about_policy']
+           'weights_by_step', 'shared_prompts', 'prompt_uniforms', 'sample_prompts', 'gold_rewards', 'about_policy']
 
 # %% ../nbs/core/60_policies.ipynb #cell-2
 import glob, re
@@ -104,6 +104,16 @@ def weights_by_step(
     return dict(sorted((kept|{last:policy.folder}).items()))
 
 # %% ../nbs/core/60_policies.ipynb #cell-13
+def shared_prompts(
+    policies:list, # At least one, with samples that are ready
+)->list: # Records with `id` and `prompt`
+    "The prompts that all policies have completed already"
+    named = [{r['prompt_id']:dict(id=r['prompt_id'], prompt=r.get('prompt', '')) for rows in p.ready.values() for r in rows} for p in policies]
+    shared = set.intersection(*map(set, named))
+    if not shared: raise ValueError('No prompt was completed by all policies; compare policies that were asked the same prompts.')
+    return [named[0][name] for name in sorted(shared)]
+
+# %% ../nbs/core/60_policies.ipynb #cell-16
 AFTER_TRAINING = 2**32 # Larger than any step whose random numbers training has used
 
 def prompt_uniforms(
@@ -147,7 +157,7 @@ def sample_prompts(
                 rows.append(dict(prompt_id=p['id'], sample=s, completion=tokenizer.decode(tokens, skip_special_tokens=True), length=len(tokens), ended=tokens[-1]==tokenizer.eos_token_id, **told))
     return rows
 
-# %% ../nbs/core/60_policies.ipynb #cell-16
+# %% ../nbs/core/60_policies.ipynb #cell-19
 @torch.no_grad()
 def gold_rewards(
     judge:Judge, # A reward model that no policy was trained against
@@ -175,7 +185,7 @@ def gold_rewards(
         for g,n in enumerate(part): rewards.update({i:found[g,s].item() for s,i in enumerate(by[n])})
     return [rewards[i] for i in range(len(rows))]
 
-# %% ../nbs/core/60_policies.ipynb #cell-19
+# %% ../nbs/core/60_policies.ipynb #cell-22
 def about_policy(
     policy:Policy, # Who was evaluated
     could:dict, # Prompt id → log density of the prompts it could have drawn
