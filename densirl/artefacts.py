@@ -136,7 +136,10 @@ def human_completions(
     most:int=5000, # Texts to take
 )->list: # Records with `completion` and `prompt_id`
     "Chosen answers that people wrote"
-    found = {p.get('prompt_id') or prompt_id(p['prompt']):p['chosen'] for p in pairs if p['src']==BY_PEOPLE}
+    found = {}
+    for p in pairs:
+        if p['src']==BY_PEOPLE: found[p.get('prompt_id') or prompt_id(p['prompt'])] = p['chosen']
+        if len(found)>4*most: found = {name:found[name] for name in sorted(found)[:most]} # Ten million pairs need no more room than these
     return [dict(prompt_id=name, completion=found[name]) for name in sorted(found)[:most]]
 
 def show_rates(

@@ -35,7 +35,7 @@ def test_all_of_it_twice(tmp_path):
 def test_report_escapes_model_output(tiny_run):
     bad = '<script>alert(1)</script>'
     summary = read_json(tiny_run/'outs/report/summary.json')
-    page = render(summary=summary, figures=[], rows=[dict(prompt=bad, before=bad, uniform=bad, density=bad)])
+    page = render(summary=summary, figures=[], artefacts={}, rows=[dict(prompt=bad, before=bad, uniform=bad, density=bad)])
     assert bad not in page and page.count('&lt;script&gt;') == 4
 
 def test_the_failed_sibling_is_the_one_reported(tmp_path):
