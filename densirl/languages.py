@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LANGUAGES', 'LETTER', 'IDEOGRAM', 'identifier', 'letters', 'language_of_prose', 'language_of', 'prompt_language',
-           'language_facts']
+           'language_facts', 'sentences_in']
 
 # %% ../nbs/core/36_languages.ipynb #cell-2
 import re
@@ -66,3 +66,11 @@ def language_facts(
     told = [t for t in (language_of_prose(s, 25) for s in sentences(completion)) if t[0]]
     foreign = sum(lang!=code and p>=sure for lang,p in told)/len(told) if told else 0.
     return dict(language=code, foreign=foreign, **(dict(in_language=float(code==expected)) if expected else {}))
+
+def sentences_in(
+    completion:str, # A completion
+    lang:str, # Code
+    sure:float=.9, # From when on a sentence is foreign
+)->str: # Its sentences, without those that are surely in another language
+    "What a checker of one language may judge"
+    return ' '.join(s for s in sentences(completion) if (told := language_of_prose(s, 25))[0] in ('',lang) or told[1]<sure)

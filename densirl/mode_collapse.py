@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from .artefacts import artefact_page, artefact_tables, human_completions, marked_examples, show_rates, suite_prompts
+from .checkers import language_tool
 from .config import StageConfig, science, where
 from .density import read_density
 from .dist import join_ranks
@@ -259,6 +260,7 @@ def make_eval(
     if up_to_date(cfg): return out
     policies = find_policies(cfg)
     check_judges(cfg, policies)
+    if cfg.languagetool_url: language_tool(cfg.languagetool_url)[0].check('Does it answer?', 'en')
     known,logs = our_prompts(cfg, policies)
     prompts = choose_prompts(cfg, policies, known, logs)
     with open_run(cfg) as run:

@@ -76,12 +76,13 @@ def read_completions(
     for i,row in enumerate(read_jsonl(path), 1):
         said = row.get('completions', [row['completion']] if 'completion' in row else None)
         if said is None or not row.get('prompt'): raise ValueError(f'Line {i} of {path} lacks a prompt or a completion; give {{"prompt":"…","completion":"…"}} on each line.')
+        if odd := [v for v in (row['prompt'], *said) if not isinstance(v, (str, type(None)))]: raise ValueError(f'Line {i} of {path} has {str(odd[0])[:60]!r} for a text; give prompt and completion as plain strings.')
         who,step,name = (str(row.get('model', path.name.split('.')[0])), int(row.get('seed', 0))),int(row.get('step', 0)),row.get('prompt_id') or prompt_id(row['prompt'])
         for text in said:
             place = counts[who,step,name] = counts.get((who,step,name), -1)+1
             told = {k:row[k] for k in TOLD if k in row and 'completion' in row}
             if odd := [k for k,v in told.items() if not isinstance(v, (int, float)) or not np.isfinite(v)]: raise ValueError(f'Line {i} of {path} has {odd[0]} {told[odd[0]]!r}; give a number, or leave it out.')
-            groups.setdefault(who, {}).setdefault(step, []).append(dict(prompt_id=name, prompt=row['prompt'], sample=place, completion=text or '', **told))
+            groups.setdefault(who, {}).setdefault(step, []).append(dict(prompt_id=name, prompt=row['prompt'], sample=place, completion=text or '', **told, **(dict(lang=row['lang']) if row.get('lang') else {})))
     if not groups: raise ValueError(f'{path} holds no completions.')
     return [Policy(f'{model}' if seed==0 else f'{model} (seed {seed})', model, seed, ready=steps) for (model,seed),steps in groups.items()]
 
@@ -108,8 +109,9 @@ def shared_prompts(
     policies:list, # At least one, with samples that are ready
 )->list: # Records with `id` and `prompt`
     "The prompts that all policies have completed already"
-    named = [{r['prompt_id']:dict(id=r['prompt_id'], prompt=r.get('prompt', '')) for rows in p.ready.values() for r in rows} for p in policies]
-    shared = set.intersection(*map(set, named))
+    named = [{r['prompt_id']:dict(id=r['prompt_id'], prompt=r.get('prompt', ''), **(dict(lang=r['lang']) if 'lang' in r else {})) for rows in p.ready.values() for r in rows} for p in policies]
+    shared,every = set.intersection(*map(set, named)),set().union(*named)
+    if shared and len(shared)<len(every): print(f'{len(every)-len(shared)} of {len(every)} prompts are left out, since not every policy has completed them', flush=True)
     if not shared: raise ValueError('No prompt was completed by all policies; compare policies that were asked the same prompts.')
     return [named[0][name] for name in sorted(shared)]
 

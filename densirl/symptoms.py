@@ -14,9 +14,9 @@ from .calibration import CALIBRATED, calibrate, clean_sentences
 from .checkers import TOKEN, checkers_for
 from .contrasts import contrast_hits
 from .dashes import dash_hits
-from .languages import language_facts, language_of, prompt_language
+from .languages import language_facts, language_of, prompt_language, sentences_in
 from .measures import last_steps
-from .prose import count_words, prose
+from .prose import count_words
 from .rates import by_prompt, rate_interval, rate_ratio
 from .slop import slop_hits
 from .stats import grouped_interval
@@ -108,6 +108,8 @@ def rates_of(
     prompts:list=(), # Name of each one's prompt; empty where each has its own
 )->dict: # Symptom → as from `rate_interval`
     "How often each symptom occurs in texts"
+    if isinstance(completions, str): raise ValueError('rates_of was given one text; give a list of texts.')
+    if prompts and len(prompts)!=len(completions): raise ValueError(f'rates_of was given {len(completions)} completions and {len(prompts)} prompts; give as many of both.')
     rows = [dict(count_symptoms(c), prompt_id=name) for c,name in zip(completions, prompts or range(len(completions)))]
     return {symptom:rate_interval(table_of(rows, symptom)) for symptom in SYMPTOMS}
 
@@ -133,8 +135,8 @@ def mistake_rows(
     pairs = [(lang, checker) for lang in sorted({s['lang'] for mine in ends.values() for s in mine}) for checker in checkers_for(lang, url)]
     calibrated = [calibrate(checker, lang, clean_sentences(lang)) for lang,checker in tqdm(pairs, desc='calibrating checkers')]
     def counted(mine, lang, checker):
-        inside = [(s['completion'], s['prompt_id']) for s in mine if s['lang']==lang and s.get('in_language')]
-        told = [(len(checker.check(c, lang)), len(TOKEN.findall(prose(c))), prompt) for c,prompt in inside]
+        inside = [(sentences_in(s['completion'], lang), s['prompt_id']) for s in mine if s['lang']==lang and s.get('in_language')]
+        told = [(len(checker.check(c, lang)), len(TOKEN.findall(c)), prompt) for c,prompt in inside]
         return by_prompt(*zip(*told)) if told else {}
     found = []
     for lang,checker in tqdm(pairs, desc='looking for mistakes'):
