@@ -17,6 +17,7 @@ from .artefacts import marked_examples
 from .config import StageConfig, where
 from .files import atomic, need, read_json, read_jsonl, write_json
 from .measures import last_steps
+from .prompt_sets import spread
 from .render import fill_template
 from .runs import open_run, up_to_date
 
@@ -138,9 +139,8 @@ def side_by_side(
     last = last_steps(s for s in samples if s['policy'] in names.values())
     start = min(step for _,step,_ in firsts)
     ordered = sorted(prompts, key=lambda p:p.get('log_density', 0))
-    chosen = [ordered[i] for i in np.unique(np.linspace(0, len(ordered)-1, min(n, len(ordered))).astype(int))]
     def said(name, step, p): return firsts.get((name, step, p['id']), '')
-    return [dict(prompt=p['prompt'], before=said(next(iter(names.values())), start, p), **{arm:said(name, last[name], p) for arm,name in names.items()}) for p in chosen]
+    return [dict(prompt=p['prompt'], before=said(next(iter(names.values())), start, p), **{arm:said(name, last[name], p) for arm,name in names.items()}) for p in spread(ordered, n)]
 
 # %% ../nbs/core/80_report.ipynb #cell-17
 DEMO = dict(model='SmolLM2-135M-Instruct', embedder='all-MiniLM-L6-v2')

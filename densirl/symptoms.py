@@ -8,6 +8,7 @@ __all__ = ['KINDS', 'SUMS', 'SYMPTOMS', 'is_english', 'all_hits', 'count_symptom
 
 # %% ../nbs/core/63_symptoms.ipynb #cell-2
 from collections import defaultdict
+from functools import cache
 import numpy as np
 from tqdm.auto import tqdm
 from .calibration import CALIBRATED, calibrate, clean_sentences
@@ -134,15 +135,16 @@ def mistake_rows(
     ends,began = split_policies([s for s in samples if s['lang'] in CALIBRATED])
     pairs = [(lang, checker) for lang in sorted({s['lang'] for mine in ends.values() for s in mine}) for checker in checkers_for(lang, url)]
     calibrated = [calibrate(checker, lang, clean_sentences(lang)) for lang,checker in tqdm(pairs, desc='calibrating checkers')]
-    def counted(mine, lang, checker):
+    def counted(mine, lang, check):
         inside = [(sentences_in(s['completion'], lang), s['prompt_id']) for s in mine if s['lang']==lang and s.get('in_language')]
-        told = [(len(checker.check(c, lang)), len(TOKEN.findall(c)), prompt) for c,prompt in inside]
+        told = [(len(check(c, lang)), len(TOKEN.findall(c)), prompt) for c,prompt in inside]
         return by_prompt(*zip(*told)) if told else {}
     found = []
     for lang,checker in tqdm(pairs, desc='looking for mistakes'):
+        check = cache(checker.check) # Arms share what they began with
         for name,mine in ends.items():
-            table,known = counted(mine, lang, checker),[s['in_language'] for s in mine if s['lang']==lang and 'in_language' in s]
-            before = counted(began.get(name, []), lang, checker)
+            table,known = counted(mine, lang, check),[s['in_language'] for s in mine if s['lang']==lang and 'in_language' in s]
+            before = counted(began.get(name, []), lang, check)
             found.append(dict(policy=name, lang=lang, checker=checker.name, **rate_interval(table, 100), elsewhere=1-float(np.mean(known)) if known else float('nan'),
                 **(dict(to_reference=rate_ratio((table, before))) if before else {})))
     return found,calibrated
