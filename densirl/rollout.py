@@ -10,7 +10,7 @@ import copy
 import numpy as np
 import torch
 from torch import Tensor
-from .decode import make_reader
+from .decode import make_reader, packing
 
 # %% ../nbs/core/30_rollout.ipynb #cell-5
 def completion_uniforms(
@@ -87,13 +87,15 @@ def generate(
     samples,tokens = uniforms.shape[1:]
     writing,reader = Writing(uniforms, eos, model.device),make_reader(model, prompts, samples, tokens)
     logits = reader.begin()
-    for t in range(tokens):
-        new = writing.write(t, logits, temperature)
-        if t==tokens-1 or not writing.alive.any(): break
-        if kept := writing.fewer():
-            reader.keep(*kept)
-            new = new[kept[1].flatten()]
-        logits = reader.read(new)
+    with packing(model) as pack:
+        for t in range(tokens):
+            new = writing.write(t, logits, temperature)
+            if t==tokens-1 or not writing.alive.any(): break
+            if kept := writing.fewer():
+                reader.keep(*kept)
+                new = new[kept[1].flatten()]
+            pack(len(new))
+            logits = reader.read(new)
     return writing.completions()
 
 # %% ../nbs/core/30_rollout.ipynb #cell-16

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PhiConfig, Qwen2Config, Qwen3Config
 
 from densirl.attention import can_see, why_not_seen
-from densirl.decode import CachedReader, Reader, make_reader
+from densirl.decode import CachedReader, Reader, can_pack, make_reader, packing
 from densirl.logps import group_hidden, pack_groups, token_facts
 from densirl.rollout import completion_uniforms, generate
 from densirl.vocab import check_head
@@ -52,6 +52,32 @@ def test_both_memories_write_the_same_texts_while_completions_end(shape):
     model.config.attn_logit_softcapping = 1e9                                                            # any reason to fall back
     assert isinstance(make_reader(model, PROMPTS, 1, 8), CachedReader)
     assert generate(model, PROMPTS, drawn, eos=often) == ours
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_laid_out_weights_are_those_of_now_and_are_put_away_afterwards(dtype):
+    model = random_model(LlamaConfig(**SMALL, num_key_value_heads=2, attention_bias=True)).to(dtype)
+    if not can_pack(model): pytest.skip(f'this CPU has no laid-out products in {dtype}')
+    layers, ids = [m for m in model.modules() if type(m) is torch.nn.Linear], torch.arange(6)[:, None]
+    exact = dict(atol=1e-5, rtol=1e-4) if dtype == torch.float32 else dict(atol=.1, rtol=.05)
+
+    @torch.no_grad()
+    def said(rows):
+        with packing(model) as pack:
+            pack(rows)
+            assert all('forward' in vars(layer) for layer in layers)
+            return model(ids).logits
+    with torch.no_grad():
+        for rows in (6, 3): torch.testing.assert_close(said(rows), model(ids).logits, **exact)
+        before = said(6)
+        for p in model.parameters(): p.mul_(1.5)
+        after = said(6)
+        torch.testing.assert_close(after, model(ids).logits, **exact)
+        assert (after-before).abs().max() > .5
+    with pytest.raises(KeyError), packing(model) as pack:
+        pack(6)
+        raise KeyError
+    assert not any('forward' in vars(layer) for layer in layers)
 
 
 @pytest.mark.parametrize('shape', SHAPES)
