@@ -25,10 +25,10 @@ OTHER = r"(?!\s+(?:i|we|you|he|she|they|there|if|when|because|since|then|please|
 def pattern(*parts): return re.compile('|'.join(parts), re.IGNORECASE|re.MULTILINE)
 
 CONTRASTS = dict(
-    just=pattern(rf'{NOT}{JUST}{LONG}(?:\s*[,—–]\s*|\s+)but\b{OTHER}', rf'{NOT}{JUST}{LONG}{BREAK}(?:{AGAIN}|(?:it|they|this|that|these|he|she)\s+\w)', rf'{NOT}{JUST}{LONG}\s*[,;—–]\s*(?:about|for|as|in|to|a|an|the)\s[^.!?\n]{{1,60}}?\bas\s+well\b'),
+    just=pattern(rf'{NOT}{JUST}{LONG}(?:\s*[,—–]\s*|\s+)but\b{OTHER}', rf'\b(you|we|i)\s+{NOT}{JUST}{LONG}{BREAK}\1\s+(?!know\b|see\b|guess\b|think\b|mean\b)\w', rf'{NOT}{JUST}{LONG}{BREAK}(?:{AGAIN}|(?:it|they|this|that|these|he|she)\s+\w)', rf'{NOT}{JUST}{LONG}\s*[,;—–]\s*(?:about|for|as|in|to|a|an|the)\s[^.!?\n]{{1,60}}?\bas\s+well\b'),
     only=pattern(rf'{NOT}only\b[^.!?\n]{{1,160}}?(?:\bbut\b|\balso\b|\bas\s+well\b)', rf'{NOT}only\b{LONG},\s*(?:it|they|he|she|we|you|this|i)\b'),
     recast=pattern(
-        rf'{IS_NOT}(?!{JUST}|only\b){GAP}{STOP}{AFRESH}', rf'{IS_NOT}(?!{JUST}|only\b)[^.!?;:,\n—–]{{1,90}}?,\s*{AFRESH}', rf'\bnot\b{GAP},?\s+but\s+rather\b', r'\bnot\s+(?:about|because|for|by|through|from|in)\b'+GAP+r'(?:,|[—–]|\s)\s*but\s+(?:about|because|for|by|through|from|in)\b',
+        rf'{IS_NOT}(?!{JUST}|only\b){GAP}{STOP}{AFRESH}', rf'{IS_NOT}(?!{JUST}|only\b)[^.!?;:,\n—–]{{1,90}}?,\s*{AFRESH}', rf'\bnot\b{GAP},?\s+but\s+rather\b', rf'\bnot\s+an?\s(?!(?:bit|single|lot)\b){GAP}(?:,|\s)\s*but\s+an?\b', r'\bnot\s+(?:about|because|for|by|through|from|in)\b'+GAP+r'(?:,|[—–]|\s)\s*but\s+(?:about|because|for|by|through|from|in)\b',
         rf'\bless\s+about\b{GAP}\bmore\s+about\b', rf'\bnot\s+so\s+much\b{GAP}\b(?:as|but)\b', rf'\bmore\s+than\s+just\b{GAP}{BREAK}{AFRESH}', rf'\bnot\s+about\b{GAP}{BREAK}(?:it|they|this|that)(?:[\'’]s|[\'’]re|\s+is|\s+are)?\s+about\b'))
 
 CONDITION = re.compile(r"(?:^|[.!?;:\n—–,\"“(])[^\S\n]*(?:but\s+|and\s+)?(?:if|when|unless|since|because|while|although|though|as|whether)\b[^.!?;:\n—–,]*$|\w\s+(?:that|which|who)\s*$", re.IGNORECASE)

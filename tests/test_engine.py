@@ -1,11 +1,14 @@
 "The engine on models of other shapes than the built-in ones: what it says, what it learns, and where it falls back."
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PhiConfig, Qwen2Config, Qwen3Config
 
 from densirl.attention import can_see, why_not_seen
-from densirl.decode import CachedReader, Reader, can_pack, make_reader, packing
+from densirl import rollout
+from densirl.decode import CachedReader, Reader, can_lay_out, laid_out, laying_out, make_reader
 from densirl.logps import group_hidden, pack_groups, token_facts
 from densirl.rollout import completion_uniforms, generate
 from densirl.vocab import check_head
@@ -54,30 +57,73 @@ def test_both_memories_write_the_same_texts_while_completions_end(shape):
     assert generate(model, PROMPTS, drawn, eos=often) == ours
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_laid_out_weights_are_those_of_now_and_are_put_away_afterwards(dtype):
-    model = random_model(LlamaConfig(**SMALL, num_key_value_heads=2, attention_bias=True)).to(dtype)
-    if not can_pack(model): pytest.skip(f'this CPU has no laid-out products in {dtype}')
-    layers, ids = [m for m in model.modules() if type(m) is torch.nn.Linear], torch.arange(6)[:, None]
-    exact = dict(atol=1e-5, rtol=1e-4) if dtype == torch.float32 else dict(atol=.1, rtol=.05)
+DTYPES = pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 
-    @torch.no_grad()
+def linear_layers(model): return [m for m in model.modules() if type(m) is torch.nn.Linear]
+
+def small_llama(dtype=torch.float32):
+    model = random_model(LlamaConfig(**SMALL, num_key_value_heads=2, attention_bias=True)).to(dtype)
+    if not all(can_lay_out(layer.weight) for layer in linear_layers(model)): pytest.skip(f'this CPU lays nothing out in {dtype}')
+    return model
+
+
+@DTYPES
+@torch.no_grad()
+def test_laid_out_weights_are_those_of_now_and_are_put_away_afterwards(dtype):
+    model, ids = small_llama(dtype), torch.arange(6)[:, None]
+    eps = dict(atol=1e-5, rtol=1e-4) if dtype == torch.float32 else dict(atol=.1, rtol=.05)
+
     def said(rows):
-        with packing(model) as pack:
-            pack(rows)
-            assert all('forward' in vars(layer) for layer in layers)
+        with laying_out(model) as lay_out:
+            lay_out(rows)
             return model(ids).logits
-    with torch.no_grad():
-        for rows in (6, 3): torch.testing.assert_close(said(rows), model(ids).logits, **exact)
-        before = said(6)
-        for p in model.parameters(): p.mul_(1.5)
-        after = said(6)
-        torch.testing.assert_close(after, model(ids).logits, **exact)
-        assert (after-before).abs().max() > .5
-    with pytest.raises(KeyError), packing(model) as pack:
-        pack(6)
+    for rows in (6, 3): torch.testing.assert_close(said(rows), model(ids).logits, **eps)
+    before = said(6)
+    for p in model.parameters(): p.mul_(1.5)
+    torch.testing.assert_close(said(6), model(ids).logits, **eps)
+    assert (said(6)-before).abs().max() > .5
+    with pytest.raises(KeyError), laying_out(model) as lay_out:
+        lay_out(6)
         raise KeyError
-    assert not any('forward' in vars(layer) for layer in layers)
+    assert not any('forward' in vars(layer) for layer in linear_layers(model))
+
+
+@DTYPES
+@torch.no_grad()
+def test_the_laid_out_weight_is_what_its_rows_meet_and_no_others(dtype):
+    layer = linear_layers(small_llama(dtype))[0]
+    multiply, x = laid_out(layer, 4), torch.ones(4, 32, dtype=dtype)
+    before = layer(x)
+    layer.weight.mul_(2)
+    torch.testing.assert_close(multiply(x), before, atol=.05, rtol=.02)        # of the weight as it was laid out
+    torch.testing.assert_close(multiply(x[:3]), layer(x[:3]), atol=.05, rtol=.02)
+
+
+def test_autocast_and_frozen_kinds_of_weights_are_left_alone():
+    model = small_llama()
+    with torch.autocast('cpu', torch.bfloat16), laying_out(model) as lay_out:
+        lay_out(4)
+        assert not any('forward' in vars(layer) for layer in linear_layers(model))
+    linear_layers(model)[0].half()
+    with laying_out(model) as lay_out:
+        lay_out(4)
+        assert ['forward' in vars(layer) for layer in linear_layers(model)][:2] == [False, True]
+
+
+def test_weights_are_laid_out_for_the_rows_that_are_read(monkeypatch):
+    model, asked, read = small_llama(), [], []
+    usual = rollout.laying_out
+
+    @contextmanager
+    def noted(model):
+        with usual(model) as lay_out: yield lambda rows: (asked.append(rows), lay_out(rows))
+    monkeypatch.setattr(rollout, 'laying_out', noted)
+    monkeypatch.setattr(Reader, 'read', lambda self, tokens, read_on=Reader.read: (read.append(len(tokens)), read_on(self, tokens))[1])
+    drawn = chance(4, 20)
+    often = max(set(tokens := [t for group in generate(model, PROMPTS, drawn, eos=2) for row in group for t in row]), key=tokens.count)
+    asked.clear(), read.clear()
+    generate(model, PROMPTS, drawn, eos=often)
+    assert len(set(read)) > 1 and asked == read[:len(asked)] and len(asked) == min(len(read), 20-rollout.WORTH)
 
 
 @pytest.mark.parametrize('shape', SHAPES)
