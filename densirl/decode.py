@@ -117,7 +117,7 @@ def memory_attention(
 # %% ../nbs/core/26_decode.ipynb #cell-16
 def can_lay_out(
     weight:Tensor, # Of a linear layer
-)->bool: # Where it is on a CPU with the library for its precision, and no autocast changes that
+)->bool: # True for a parameter on a CPU with the library for its precision, outside autocast
     "Whether a weight can be laid out"
     mkldnn = torch.backends.mkldnn
     if type(weight) is not torch.nn.Parameter or weight.device.type!='cpu' or torch.is_autocast_enabled('cpu'): return False
