@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PhiConfig, Qwen2Config, Qwen3Config
 
-from densirl.attention import can_see, why_not_seen
 from densirl import rollout
+from densirl.attention import can_see, why_not_seen
 from densirl.decode import CachedReader, Reader, can_lay_out, laid_out, laying_out, make_reader
 from densirl.logps import group_hidden, pack_groups, token_facts
 from densirl.rollout import completion_uniforms, generate
@@ -99,7 +99,7 @@ def test_the_laid_out_weight_is_what_its_rows_meet_and_no_others(dtype):
     torch.testing.assert_close(multiply(x[:3]), layer(x[:3]), atol=.05, rtol=.02)
 
 
-def test_autocast_and_frozen_kinds_of_weights_are_left_alone():
+def test_under_autocast_and_in_other_precisions_weights_are_left_alone():
     model = small_llama()
     with torch.autocast('cpu', torch.bfloat16), laying_out(model) as lay_out:
         lay_out(4)
