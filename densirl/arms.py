@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ArmConfig', 'exponent', 'first_exponent', 'prompt_weights', 'pair_weights', 'fitting_density']
 
-# %% ../nbs/core/42_arms.ipynb #cell-2
+# %% ../nbs/core/42_arms.ipynb #cell-3
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +16,7 @@ from .guards import stratum
 from .runs import input_hash, read_manifest
 from .weights import capped, densities_of, sampling_weights, shuffled, solve_alpha
 
-# %% ../nbs/core/42_arms.ipynb #cell-4
+# %% ../nbs/core/42_arms.ipynb #cell-5
 @dataclass(frozen=True)
 class ArmConfig(StageConfig):
     "What a stage with two arms can be told"
@@ -33,7 +33,7 @@ class ArmConfig(StageConfig):
 
     def arm_inputs(self)->dict: return dict(prompts=self.prompts_path, **(dict(density=self.density_path) if self.density_aware else {}))
 
-# %% ../nbs/core/42_arms.ipynb #cell-5
+# %% ../nbs/core/42_arms.ipynb #cell-6
 def exponent(
     text:str, # A number, or 'solve'
     logs:np.ndarray, # (n,) log densities
@@ -67,7 +67,7 @@ def prompt_weights(
     if cfg.placebo=='none': return probs
     return shuffled(probs, cfg.seed, [stratum(p) for p in prompts] if cfg.placebo=='strata' else ())
 
-# %% ../nbs/core/42_arms.ipynb #cell-8
+# %% ../nbs/core/42_arms.ipynb #cell-9
 def pair_weights(
     cfg:ArmConfig, # Settings
     pairs:list, # Records of `pairs_all.jsonl`
@@ -80,7 +80,7 @@ def pair_weights(
     shares = dict(zip((p['prompt_id'] for p in prompts), prompt_weights(cfg, prompts, logs, first_exponent(cfg, logs))))
     return np.array([shares[p['prompt_id']]/counts[p['prompt_id']] for p in pairs])
 
-# %% ../nbs/core/42_arms.ipynb #cell-11
+# %% ../nbs/core/42_arms.ipynb #cell-12
 def fitting_density(
     cfg:ArmConfig, # Settings
 )->dict: # Prompt id → log density

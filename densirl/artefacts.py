@@ -7,7 +7,7 @@ __all__ = ['BY_PEOPLE', 'TWICE', 'INVENTION', 'suite_prompts', 'asked_for', 'voi
            'arm_rows', 'artefact_tables', 'human_completions', 'show_rates', 'marked', 'marked_examples',
            'artefact_page']
 
-# %% ../nbs/core/64_artefacts.ipynb #cell-2
+# %% ../nbs/core/64_artefacts.ipynb #cell-3
 import importlib.resources
 from collections import defaultdict
 import numpy as np
@@ -27,7 +27,7 @@ from .stats import grouped_interval
 from .symptoms import SYMPTOMS, all_hits, count_symptoms, is_plain, language_rows, mistake_rows, rate_rows, split_policies, symptom_rows, table_of
 from .text import prompt_id
 
-# %% ../nbs/core/64_artefacts.ipynb #cell-5
+# %% ../nbs/core/64_artefacts.ipynb #cell-6
 BY_PEOPLE = 'se' # Source of pairs whose answers people wrote
 TWICE = 2 # Samples of a prompt that asks for a style
 
@@ -39,7 +39,7 @@ def suite_prompts(
     styled = persona_prompts(min(n, 60))+constraint_prompts(min(n, 60))
     return [dict(p, samples=TWICE) for p in styled]+spread(languages, n)+spread(open_prompts(), n)
 
-# %% ../nbs/core/64_artefacts.ipynb #cell-8
+# %% ../nbs/core/64_artefacts.ipynb #cell-9
 INVENTION = ('ideas','names','story') # Kinds of prompts that ask for it
 
 def asked_for(
@@ -68,7 +68,7 @@ def instruction_rows(
     ends,_ = split_policies(asked_for(samples, prompts, lambda p: p.get('constraints')))
     return [dict(policy=name, **instruction_facts(mine)) for name,mine in ends.items() if mine]
 
-# %% ../nbs/core/64_artefacts.ipynb #cell-9
+# %% ../nbs/core/64_artefacts.ipynb #cell-10
 def idea_rows(
     samples:list, # Samples of all policies, perhaps with `gold`
     prompts:list, # Records of prompts
@@ -89,7 +89,7 @@ def idea_rows(
             **{k:grouped_interval([f[k] for f in facts.values()], list(facts)) for k in ('ideas','utility','good')}))
     return found
 
-# %% ../nbs/core/64_artefacts.ipynb #cell-12
+# %% ../nbs/core/64_artefacts.ipynb #cell-13
 def arm_rows(
     rows:list, # From `symptom_rows`
     control:str='uniform', # Arm that others are set against
@@ -105,7 +105,7 @@ def arm_rows(
     for r,p in zip(known, stats.false_discovery_control([r['p'] for r in known]) if known else []): r['adjusted'] = float(p)
     return found
 
-# %% ../nbs/core/64_artefacts.ipynb #cell-15
+# %% ../nbs/core/64_artefacts.ipynb #cell-16
 def artefact_tables(
     samples:list, # Samples of all policies
     prompts:list, # Records with `id` and `prompt`
@@ -123,7 +123,7 @@ def artefact_tables(
     return dict(rates=rate_rows(rows, people), arms=arm_rows(rows), learned=learned, languages=language_rows(rows), mistakes=mistakes, calibration=calibrated,
         voices=voice_rows(samples, prompts), instructions=instruction_rows(samples, prompts), ideas=idea_rows(samples, prompts, embed, most_words))
 
-# %% ../nbs/core/64_artefacts.ipynb #cell-18
+# %% ../nbs/core/64_artefacts.ipynb #cell-19
 def human_completions(
     pairs, # Preference pairs, records with `src`
     most:int=5000, # Texts to take
@@ -142,7 +142,7 @@ def show_rates(
     for r in rows:
         if r['symptom'] in ('dashes','contrasts','slop') and r['words']: print(f"{r['policy']}: {r['symptom']} {r['rate']:.2f} [{r['low']:.2f}, {r['high']:.2f}] in 1,000 words{'' if r['estimable'] else ', too few to be estimable'}", flush=True)
 
-# %% ../nbs/core/64_artefacts.ipynb #cell-21
+# %% ../nbs/core/64_artefacts.ipynb #cell-22
 def marked(
     completion:str, # A completion
     expected:str='', # Code of its prompt's language, where it is known
@@ -169,7 +169,7 @@ def marked_examples(
     first = sorted(hits, key=lambda p:(-hits[p], p))[:n]
     return [dict(prompt=asked[p][0], said={name:marked(texts.get(p, ''), asked[p][1]) for name,texts in said.items()}) for p in first]
 
-# %% ../nbs/core/64_artefacts.ipynb #cell-22
+# %% ../nbs/core/64_artefacts.ipynb #cell-23
 def artefact_page(
     tables:dict, # From `artefact_tables`
     examples:list, # From `marked_examples`

@@ -6,7 +6,7 @@
 __all__ = ['ROWS', 'group_mask', 'Panel', 'panels', 'future', 'seen_probs', 'stack_heads', 'split_heads', 'SeenAttention',
            'refuse_others', 'seen_attention', 'why_not_seen', 'can_see', 'attending_by', 'seen_by']
 
-# %% ../nbs/core/24_attention.ipynb #cell-2
+# %% ../nbs/core/24_attention.ipynb #cell-3
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/core/24_attention.ipynb #cell-5
+# %% ../nbs/core/24_attention.ipynb #cell-6
 def group_mask(
     segment:Tensor, # (groups, length) 0 in the prompt, g+1 in completion g, -1 in padding
     dtype:torch.dtype=torch.float32, # Precision of the model
@@ -26,7 +26,7 @@ def group_mask(
     seen = past & ((key==query) | ((key==0) & (query>0)))
     return torch.zeros(seen.shape, dtype=dtype, device=segment.device).masked_fill_(~seen, torch.finfo(dtype).min)[:,None]
 
-# %% ../nbs/core/24_attention.ipynb #cell-8
+# %% ../nbs/core/24_attention.ipynb #cell-9
 ROWS = 512 # Queries of a block, over all texts of a panel
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def panels(
         at += sum(completions)
     return found
 
-# %% ../nbs/core/24_attention.ipynb #cell-11
+# %% ../nbs/core/24_attention.ipynb #cell-12
 @lru_cache
 def future(
     size:int, # Tokens of a block
@@ -117,7 +117,7 @@ def split_heads(
     "Undo `stack_heads`"
     return x.unflatten(0, (-1, texts)).unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
 
-# %% ../nbs/core/24_attention.ipynb #cell-12
+# %% ../nbs/core/24_attention.ipynb #cell-13
 class SeenAttention(torch.autograd.Function):
     "Attention over panels"
     @staticmethod
@@ -156,7 +156,7 @@ class SeenAttention(torch.autograd.Function):
             for whole,total in zip(into, totals): panel.give_back(whole, total.unflatten(0, (heads, -1)))
         return into_query,into[0].to(key.dtype),into[1].to(value.dtype),None,None
 
-# %% ../nbs/core/24_attention.ipynb #cell-18
+# %% ../nbs/core/24_attention.ipynb #cell-19
 def refuse_others(
     module, # The layer that asks
     dropout:float, # Must be 0

@@ -6,14 +6,14 @@
 __all__ = ['CALIBRATED', 'FORMS', 'ENDINGS', 'GRAMMAR', 'clean_sentences', 'other_form', 'misspell', 'break_sentence',
            'calibrate', 'describe']
 
-# %% ../nbs/core/38_calibration.ipynb #cell-2
+# %% ../nbs/core/38_calibration.ipynb #cell-3
 import importlib.resources
 import numpy as np
 from .checkers import TOKEN, Checker
 from .stats import share_interval
 from .text import prompt_id
 
-# %% ../nbs/core/38_calibration.ipynb #cell-5
+# %% ../nbs/core/38_calibration.ipynb #cell-6
 CALIBRATED = ('en','de','fr','es','it','pt','ru')
 
 def clean_sentences(
@@ -22,7 +22,7 @@ def clean_sentences(
     "Our sentences without mistakes"
     return (importlib.resources.files('densirl')/f'sentences/{lang}.txt').read_text(encoding='utf-8').splitlines()
 
-# %% ../nbs/core/38_calibration.ipynb #cell-8
+# %% ../nbs/core/38_calibration.ipynb #cell-9
 FORMS = {lang:dict(pair.split(':') for pair in pairs.split()) for lang,pairs in dict(
     en='is:are are:is was:were were:was has:have have:has a:an an:a this:these these:this that:those does:do do:does he:him she:her they:them we:us his:he their:they them:they him:he',
     de='der:das die:den das:der den:die dem:den ein:einen eine:einem einen:eine einem:eine einer:einem ist:sind sind:ist hat:haben haben:hat war:waren waren:war wird:werden werden:wird ich:mich mich:ich wir:uns mir:ich sie:ihnen',
@@ -50,7 +50,7 @@ def misspell(
     wrong = {w for at in range(1, len(word)-1) for w in (word[:at]+word[at+1:], word[:at+1]+word[at:], word[:at]+word[at+1]+word[at]+word[at+2:])}
     return rng.choice(sorted(wrong-{word}))
 
-# %% ../nbs/core/38_calibration.ipynb #cell-9
+# %% ../nbs/core/38_calibration.ipynb #cell-10
 def break_sentence(
     sentence:str, # Without a mistake
     lang:str, # Code
@@ -71,7 +71,7 @@ def break_sentence(
     m = places[rng.integers(len(places))]
     return put(m, dict(letters=lambda w: misspell(w, rng), forms=lambda w: other_form(w.lower(), lang), twice=lambda w: f'{w} {w.lower()}')[kind](m[0]))
 
-# %% ../nbs/core/38_calibration.ipynb #cell-12
+# %% ../nbs/core/38_calibration.ipynb #cell-13
 GRAMMAR = ('forms','order')
 
 def calibrate(
@@ -92,7 +92,7 @@ def calibrate(
     return dict(checker=checker.name, lang=lang, recall=recall, false_alarms=share_interval([n>0 for n in alarms]),
         per_100_words=100*sum(alarms)/sum(len(TOKEN.findall(s)) for s in clean), claims=claims)
 
-# %% ../nbs/core/38_calibration.ipynb #cell-16
+# %% ../nbs/core/38_calibration.ipynb #cell-17
 def describe(
     row:dict, # From `calibrate`
 )->str: # One line

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ChatConfig', 'answer', 'read_prompts', 'answered', 'said', 'run_chat']
 
-# %% ../nbs/core/85_chat.ipynb #cell-2
+# %% ../nbs/core/85_chat.ipynb #cell-3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +17,7 @@ from .models import encode_prompt, load_policy, load_tokenizer, model_name, prom
 from .rollout import completion_uniforms, generate
 from .runs import read_manifest
 
-# %% ../nbs/core/85_chat.ipynb #cell-4
+# %% ../nbs/core/85_chat.ipynb #cell-5
 @dataclass(frozen=True)
 class ChatConfig(StageConfig):
     "Talk to a policy in a terminal, or let it answer a file of prompts"
@@ -34,7 +34,7 @@ class ChatConfig(StageConfig):
 
     def outputs(self): return [self.answers_path] if self.prompts_file else []
 
-# %% ../nbs/core/85_chat.ipynb #cell-6
+# %% ../nbs/core/85_chat.ipynb #cell-7
 def answer(
     policy, # A causal language model
     tokenizer, # Its tokenizer
@@ -57,7 +57,7 @@ def read_prompts(
     if bare: raise ValueError(f'Line {bare[0]} of {path} has neither a prompt nor messages; give {{"prompt":"…"}} on each line.')
     return rows
 
-# %% ../nbs/core/85_chat.ipynb #cell-8
+# %% ../nbs/core/85_chat.ipynb #cell-9
 def answered(
     policy, # A causal language model
     tokenizer, # Its tokenizer

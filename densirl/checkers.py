@@ -7,7 +7,7 @@ __all__ = ['DICTIONARIES', 'TOKEN', 'SPELLING', 'HARPER_GRAMMAR', 'HARPER', 'TYP
            'NOT_GRAMMAR', 'Checker', 'dictionary', 'is_word', 'spelling_hits', 'harper', 'harper_hits', 'grammalecte',
            'grammalecte_hits', 'language_tool', 'checkers_for']
 
-# %% ../nbs/core/37_checkers.ipynb #cell-2
+# %% ../nbs/core/37_checkers.ipynb #cell-3
 import json, re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 from .prose import Hit, prose
 
-# %% ../nbs/core/37_checkers.ipynb #cell-5
+# %% ../nbs/core/37_checkers.ipynb #cell-6
 @dataclass(frozen=True)
 class Checker:
     "Something that finds mistakes"
@@ -27,7 +27,7 @@ class Checker:
     languages:tuple # Codes of the languages it reads
     check:Callable # (text, code) → hits of that kind
 
-# %% ../nbs/core/37_checkers.ipynb #cell-7
+# %% ../nbs/core/37_checkers.ipynb #cell-8
 DICTIONARIES = dict(en=('en_US','en_GB'), de=('de_DE',), fr=('fr_FR',), es=('es_ES',), it=('it_IT',), pt=('pt_PT','pt_BR'), ru=('ru_RU',), nl=('nl_NL',), pl=('pl_PL',), sv=('sv_SE',), cs=('cs_CZ',), uk=('uk_UA',), ro=('ro_RO',), da=('da_DK',))
 TOKEN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
@@ -66,7 +66,7 @@ def spelling_hits(
 
 SPELLING = Checker('hunspell', 'spelling', tuple(DICTIONARIES), spelling_hits)
 
-# %% ../nbs/core/37_checkers.ipynb #cell-10
+# %% ../nbs/core/37_checkers.ipynb #cell-11
 HARPER_GRAMMAR = ('Agreement','Grammar','Repetition','Usage','Miscellaneous','WordChoice','BoundaryError','Eggcorn','Malapropism','Nonstandard','Typo')
 
 @cache
@@ -85,7 +85,7 @@ def harper_hits(
 
 HARPER = Checker('harper', 'grammar', ('en',), harper_hits)
 
-# %% ../nbs/core/37_checkers.ipynb #cell-13
+# %% ../nbs/core/37_checkers.ipynb #cell-14
 TYPOGRAPHY = ('apos','nbsp','esp','tab','typo','num','unit','liga','mapos','chim')
 
 @cache
@@ -109,7 +109,7 @@ def grammalecte_hits(
 
 GRAMMALECTE = Checker('grammalecte', 'grammar', ('fr',), grammalecte_hits)
 
-# %% ../nbs/core/37_checkers.ipynb #cell-14
+# %% ../nbs/core/37_checkers.ipynb #cell-15
 LANGUAGETOOL = dict(en='en-US', de='de-DE', fr='fr', es='es', it='it', pt='pt-PT', ru='ru-RU', nl='nl', pl='pl-PL', uk='uk-UA', ro='ro-RO', sv='sv', da='da-DK', zh='zh-CN', ja='ja-JP')
 NOT_GRAMMAR = ('style','typographical','whitespace','locale-violation','register','formatting')
 
@@ -128,7 +128,7 @@ def language_tool(
     def only(kind): return lambda text, lang: [hit for hit in ask(text, lang) if hit.kind==kind]
     return [Checker(f'languagetool {kind}', kind, tuple(LANGUAGETOOL), only(kind)) for kind in ('spelling','grammar')]
 
-# %% ../nbs/core/37_checkers.ipynb #cell-15
+# %% ../nbs/core/37_checkers.ipynb #cell-16
 def checkers_for(
     lang:str, # Code
     url:str='', # Of a LanguageTool server; empty for none

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['write_checkpoint', 'read_checkpoint']
 
-# %% ../nbs/core/21_checkpoints.ipynb #cell-2
+# %% ../nbs/core/21_checkpoints.ipynb #cell-3
 import os, shutil, tempfile
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from .files import file_hash, raise_if_full, read_json, write_json
 from .runs import checkpoint_home
 
-# %% ../nbs/core/21_checkpoints.ipynb #cell-5
+# %% ../nbs/core/21_checkpoints.ipynb #cell-6
 def write_checkpoint(
     folder:Path, # Run folder
     step:int, # Steps done

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['stages', 'usage', 'parse_stage', 'is_ours', 'main']
 
-# %% ../nbs/core/90_cli.ipynb #cell-2
+# %% ../nbs/core/90_cli.ipynb #cell-3
 import difflib, os, sys, traceback
 from functools import cache
 from pathlib import Path
 from .config import cli_config
 from .launch import begin_anew
 
-# %% ../nbs/core/90_cli.ipynb #cell-5
+# %% ../nbs/core/90_cli.ipynb #cell-6
 @cache
 def stages()->dict: # Name → settings and function
     "The stages; importing them takes seconds"
@@ -43,7 +43,7 @@ def parse_stage(
         sys.exit(f'densirl: {words[0]} is not a stage; the nearest is {near}. The stages are {", ".join(stages())}.')
     return words[0],words[1:]
 
-# %% ../nbs/core/90_cli.ipynb #cell-8
+# %% ../nbs/core/90_cli.ipynb #cell-9
 def is_ours(
     error:BaseException, # What was raised
 )->bool: # Whether a module of this package raised it on purpose
@@ -67,5 +67,5 @@ def main()->None:
     finally: leave_ranks()
     if cfg.outputs() and int(os.environ.get('RANK', 0))==0: print(f'{name}: {cfg.path(cfg.outputs()[0]) if cfg.root else cfg.outputs()[0]}')
 
-# %% ../nbs/core/90_cli.ipynb #cell-10
+# %% ../nbs/core/90_cli.ipynb #cell-11
 if __name__=='__main__' and '__file__' in globals(): main()

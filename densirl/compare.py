@@ -7,7 +7,7 @@ __all__ = ['BY_NUMBER', 'NOT_MEASURES', 'REGIONS', 'CompareConfig', 'differences
            'curve_of', 'whole_prompts', 'thirds_of', 'make_study', 'group_labels', 'gaps_by_group', 'mean_curves',
            'with_embedders', 'comparison', 'make_compare']
 
-# %% ../nbs/core/75_compare.ipynb #cell-2
+# %% ../nbs/core/75_compare.ipynb #cell-3
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -20,7 +20,7 @@ from .prompt_sets import density_parts
 from .runs import input_hash, is_committed, open_run, up_to_date
 from .verdict import Plan, decide, estimates, read_plan
 
-# %% ../nbs/core/75_compare.ipynb #cell-4
+# %% ../nbs/core/75_compare.ipynb #cell-5
 @dataclass(frozen=True)
 class CompareConfig(StageConfig):
     "Pair the arms of an evaluation and decide"
@@ -34,7 +34,7 @@ class CompareConfig(StageConfig):
     def inputs(self): return dict(eval=self.eval_path, **(dict(plan=self.plan_path) if self.plan_path else {}))
     def outputs(self): return [self.out_path]
 
-# %% ../nbs/core/75_compare.ipynb #cell-6
+# %% ../nbs/core/75_compare.ipynb #cell-7
 def differences(
     a:dict, # A policy of `eval.json`
     b:dict, # Another
@@ -72,7 +72,7 @@ def check_arms(
         return {k:(a.get(k), b.get(k)) for k in dict.fromkeys((*a, *b)) if a.get(k)!=b.get(k) and k!='seed'}
     return {arm:changed(runs[min(runs)], arms[plan.control][min(runs)]) for arm,runs in arms.items() if arm!=plan.control}
 
-# %% ../nbs/core/75_compare.ipynb #cell-9
+# %% ../nbs/core/75_compare.ipynb #cell-10
 def why_exploratory(
     path:Path, # Pre-registration
     plan:Plan, # What it says
@@ -92,7 +92,7 @@ def why_exploratory(
     if seeds>plan.seeds: said.append(f'The plan says {plan.seeds} seeds and {seeds} were compared.')
     return said+([f'The evaluation departs from the plan: {", ".join(wrong)}.'] if wrong else [])
 
-# %% ../nbs/core/75_compare.ipynb #cell-12
+# %% ../nbs/core/75_compare.ipynb #cell-13
 BY_NUMBER = ('vendi','classes','self_bleu') # Depend on the number of completions, which must then be the same everywhere
 NOT_MEASURES = ('policy','arm','seed','step','prompt_id','n')
 
@@ -128,7 +128,7 @@ def thirds_of(
     third = density_parts({p['id']:p['log_density'] for p in prompts}, 3)
     return np.array([third[p['id']] for p in prompts])
 
-# %% ../nbs/core/75_compare.ipynb #cell-13
+# %% ../nbs/core/75_compare.ipynb #cell-14
 def make_study(
     rows:list, # From `per_prompt.jsonl`
     policies:list, # From `eval.json`
@@ -159,7 +159,7 @@ def make_study(
     pairs = np.array([float(p['count']) for p in asked] if all('count' in p for p in asked) else [])
     return Study(tuple(seeds), curves, thirds_of(asked), pairs, shift, gold_sd),asked,left_out
 
-# %% ../nbs/core/75_compare.ipynb #cell-17
+# %% ../nbs/core/75_compare.ipynb #cell-18
 REGIONS = ('rare','middle','crowded')
 
 def group_labels(
@@ -194,7 +194,7 @@ def mean_curves(
     return [dict(arm=arm, seed=seed, region=region, steps=curve.steps.tolist(), **{m:v[:,inside].mean(1).tolist() for m,v in curve.values.items()})
         for arm,curves in study.arms.items() for seed,curve in zip(study.seeds, curves) if curve for region,inside in parts.items() if inside.any()]
 
-# %% ../nbs/core/75_compare.ipynb #cell-20
+# %% ../nbs/core/75_compare.ipynb #cell-21
 def with_embedders(
     plan:Plan, # What was planned
     rows:list, # From `per_prompt.jsonl`
@@ -207,7 +207,7 @@ def with_embedders(
     plan = replace(plan, second='diversity_2')
     return plan,rows if first!=second else [{k:v for k,v in r.items() if k!=plan.second} for r in rows]
 
-# %% ../nbs/core/75_compare.ipynb #cell-23
+# %% ../nbs/core/75_compare.ipynb #cell-24
 def comparison(
     found:dict, # `eval.json`
     prompts:list, # `prompts.jsonl`

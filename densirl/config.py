@@ -7,7 +7,7 @@ __all__ = ['Switch', 'where', 'StageConfig', 'science', 'digest', 'config_diff',
            'hub_off', 'enter', 'plain_values', 'in_test', 'notebook_config', 'cli_config', 'config_flags',
            'field_helps', 'describe']
 
-# %% ../nbs/core/02_config.ipynb #cell-2
+# %% ../nbs/core/02_config.ipynb #cell-3
 import difflib, hashlib, json, os, re, sys
 from importlib import import_module
 from dataclasses import dataclass, field, fields
@@ -18,7 +18,7 @@ from tyro import cli as tyro_cli
 from tyro.conf import FlagConversionOff
 from .files import repo_root
 
-# %% ../nbs/core/02_config.ipynb #cell-5
+# %% ../nbs/core/02_config.ipynb #cell-6
 Switch = FlagConversionOff[bool] # A truth value that is written out: `--density_aware=False`
 
 def where(
@@ -27,7 +27,7 @@ def where(
     "A field that says where or how a run happens, not what it computes"
     return field(default=default, metadata=dict(where=True))
 
-# %% ../nbs/core/02_config.ipynb #cell-6
+# %% ../nbs/core/02_config.ipynb #cell-7
 @dataclass(frozen=True)
 class StageConfig:
     "What every stage can be told"
@@ -46,7 +46,7 @@ class StageConfig:
         "Where a path of this config lies"
         return Path(self.root or repo_root())/path
 
-# %% ../nbs/core/02_config.ipynb #cell-9
+# %% ../nbs/core/02_config.ipynb #cell-10
 def science(
     cfg:StageConfig, # Settings of a run
 )->dict: # Field name → value as JSON has it, without the fields that only say where
@@ -61,7 +61,7 @@ def digest(
     text = json.dumps([type(cfg).__name__, science(cfg)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-# %% ../nbs/core/02_config.ipynb #cell-12
+# %% ../nbs/core/02_config.ipynb #cell-13
 def config_diff(
     a:StageConfig, # Settings of one run
     b:StageConfig, # Settings of the other, of the same stage
@@ -70,7 +70,7 @@ def config_diff(
     sa,sb = science(a),science(b)
     return {k:(sa[k],sb[k]) for k in sa if sa[k]!=sb[k]}
 
-# %% ../nbs/core/02_config.ipynb #cell-16
+# %% ../nbs/core/02_config.ipynb #cell-17
 def coerce(
     name:str, # Field the value is for, for the message
     value, # Value as it came through the door
@@ -93,7 +93,7 @@ def coerce(
         raise ValueError(f'{name} is {value!r}; give {"a whole number" if kind is int else "a number"}.')
     return kind(number)
 
-# %% ../nbs/core/02_config.ipynb #cell-19
+# %% ../nbs/core/02_config.ipynb #cell-20
 def field_types(cls)->dict: # Field name → its type, without tyro's markers
     "The plain type of each field of a config class"
     return {f.name:get_type_hints(cls)[f.name] for f in fields(cls)}
@@ -113,7 +113,7 @@ def make_config(
     values = {**cls.profiles.get(profile, {}), **given}
     return cls(**{'profile':profile, **{k:coerce(k, v, types[k]) for k,v in values.items()}})
 
-# %% ../nbs/core/02_config.ipynb #cell-22
+# %% ../nbs/core/02_config.ipynb #cell-23
 def hub_off()->None:
     "Keep the Hugging Face libraries from asking the network, in this process and its children"
     os.environ['HF_HUB_OFFLINE'] = '1'
@@ -129,7 +129,7 @@ def enter(
     if cfg.profile!='full': hub_off()
     return cfg
 
-# %% ../nbs/core/02_config.ipynb #cell-23
+# %% ../nbs/core/02_config.ipynb #cell-24
 def plain_values(
     namespace:dict, # `globals()` just after the parameters cell
     before:dict={}, # What an earlier pass over the same page found: then no other name is a setting
@@ -152,7 +152,7 @@ def notebook_config(
         given = given | dict(profile='test', root=str(repo_root()/'.cache/test'/cls.stage))
     return enter(make_config(cls, **given))
 
-# %% ../nbs/core/02_config.ipynb #cell-26
+# %% ../nbs/core/02_config.ipynb #cell-27
 def cli_config(
     cls, # Config class of a stage
     args:list, # Words of the command line after the stage's name
@@ -164,7 +164,7 @@ def cli_config(
     profile = chosen[-1] if chosen and chosen[-1] in ('full','demo','test') else cls.profile
     return enter(tyro_cli(cls, args=args, default=make_config(cls, profile), prog=prog, use_underscores=True))
 
-# %% ../nbs/core/02_config.ipynb #cell-29
+# %% ../nbs/core/02_config.ipynb #cell-30
 def config_flags(
     cfg:StageConfig, # Settings of a run
 )->list: # Words for a command line
@@ -175,7 +175,7 @@ def config_flags(
         return [f'--{name}',*value] if isinstance(value, tuple) else [f'--{name}={value}']
     return [word for f in fields(cfg) for word in flag(f.name, getattr(cfg, f.name))]
 
-# %% ../nbs/core/02_config.ipynb #cell-32
+# %% ../nbs/core/02_config.ipynb #cell-33
 def field_helps(cls)->dict: # Field name → the comment beside it
     "What the fields of a config class mean, inherited ones included"
     helps = {}
@@ -184,7 +184,7 @@ def field_helps(cls)->dict: # Field name → the comment beside it
         helps.update({k:v for k,v in docments(exported).items() if v})
     return helps
 
-# %% ../nbs/core/02_config.ipynb #cell-34
+# %% ../nbs/core/02_config.ipynb #cell-35
 def describe(
     cfg:StageConfig, # Settings of a run
 )->str: # A Markdown table

@@ -7,7 +7,7 @@ __all__ = ['CONSTRAINTS', 'SENTENCE_END', 'KEYWORDS', 'CLASHES', 'TASKS', 'Const
            'draw_nothing', 'split_sentences', 'count_word', 'count_letter', 'is_object', 'values_of', 'say_constraint',
            'compatible', 'draw_constraints', 'constraint_prompts', 'followed', 'instruction_facts']
 
-# %% ../nbs/core/39_constraints.ipynb #cell-2
+# %% ../nbs/core/39_constraints.ipynb #cell-3
 import json, re, unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from .lexical import WORD, words
 from .stats import grouped_interval
 from .text import prompt_id
 
-# %% ../nbs/core/39_constraints.ipynb #cell-5
+# %% ../nbs/core/39_constraints.ipynb #cell-6
 @dataclass(frozen=True)
 class Constraint:
     "One kind of instruction that code can check"
@@ -47,7 +47,7 @@ def draw_nothing(
     "For kinds without values"
     return {}
 
-# %% ../nbs/core/39_constraints.ipynb #cell-8
+# %% ../nbs/core/39_constraints.ipynb #cell-9
 CONSTRAINTS = dict(
     words_at_least=Constraint('words', lambda n: f'Write at least {n} words.', draw_number(3, 6, 10),
         lambda completion, n: len(words(completion))>=n),
@@ -60,7 +60,7 @@ CONSTRAINTS = dict(
     capitals=Constraint('case', lambda n: f'Write at least {n} words of two or more letters in CAPITAL LETTERS.', draw_number(2, 5),
         lambda completion, n: sum(len(w)>1 and w.isupper() for w in WORD.findall(completion))>=n))
 
-# %% ../nbs/core/39_constraints.ipynb #cell-11
+# %% ../nbs/core/39_constraints.ipynb #cell-12
 SENTENCE_END = re.compile(r'(?:[!?]+|(?<!\bmr)(?<!\bms)(?<!\bmrs)(?<!\bdr)(?<!\be\.g)(?<!\bi\.e)(?<!\.)\.(?!\.))["”’\')\]*_]*(?=\s|$)|[。！？]+[”」]*', re.IGNORECASE)
 
 def split_sentences(
@@ -80,7 +80,7 @@ CONSTRAINTS |= dict(
     exclaims=Constraint('layout', lambda: 'End every sentence with "!".', draw_nothing,
         lambda completion: all(s.rstrip('"”’\')]*_').endswith(('!','！')) for s in split_sentences(completion) or [''])))
 
-# %% ../nbs/core/39_constraints.ipynb #cell-14
+# %% ../nbs/core/39_constraints.ipynb #cell-15
 KEYWORDS = ('river','window','lemon','music','yellow','often','garden','quiet','paper','friend')
 
 def count_word(
@@ -102,7 +102,7 @@ CONSTRAINTS |= dict(
     no_word=Constraint('keyword', lambda word: f'Do not use the word "{word}".', draw_text('word', ('the','and','is','of','to')),
         lambda completion, word: count_word(completion, word)==0))
 
-# %% ../nbs/core/39_constraints.ipynb #cell-17
+# %% ../nbs/core/39_constraints.ipynb #cell-18
 def count_letter(
     completion:str, # A completion
     letter:str, # One letter, in lower case
@@ -124,7 +124,7 @@ CONSTRAINTS |= {name:Constraint('punctuation', lambda say=say: say, draw_nothing
         ('no_full_stops', 'Use no full stops, not even in numbers or abbreviations.', '.。'),
         ('no_dashes', 'Use no hyphens and no dashes.', '-‐‑‒–—―−'))}
 
-# %% ../nbs/core/39_constraints.ipynb #cell-20
+# %% ../nbs/core/39_constraints.ipynb #cell-21
 CONSTRAINTS |= dict(
     bullets=Constraint('layout', lambda n: f'Write exactly {n} bullet points, each on a line of its own that begins with "- ".', draw_number(2, 6),
         lambda completion, n: re.findall(r'(?m)^[ \t]*([-*+•])[ \t]+\S', completion)==['-']*n),
@@ -133,7 +133,7 @@ CONSTRAINTS |= dict(
     sections=Constraint('layout', lambda n: f'Write exactly {n} sections, each below a line with its number: "Section 1" and so on.', draw_number(2, 4),
         lambda completion, n: (parts := re.split(r'(?im)^[ \t#*]*section[ ](\d+)\b', completion))[1::2]==[str(i+1) for i in range(n)] and all(map(words, parts[2::2]))))
 
-# %% ../nbs/core/39_constraints.ipynb #cell-23
+# %% ../nbs/core/39_constraints.ipynb #cell-24
 def is_object(
     completion:str, # A completion, perhaps in a block of code
 )->bool: # Whether all of it is one JSON object
@@ -151,7 +151,7 @@ CONSTRAINTS |= dict(
     two_versions=Constraint('layout', lambda: 'Write two different versions, and between them a line with six asterisks: "******".', draw_nothing,
         lambda completion: len(parts := [words(p) for p in re.split(r'(?m)^[ \t]*\*{6}[ \t]*\r?$', completion)])==2 and all(parts) and parts[0]!=parts[1]))
 
-# %% ../nbs/core/39_constraints.ipynb #cell-26
+# %% ../nbs/core/39_constraints.ipynb #cell-27
 CONSTRAINTS |= dict(
     title=Constraint('layout', lambda: 'Give it a title on a line of its own, in double angle brackets, <<like this>>.', draw_nothing,
         lambda completion: len(re.findall(r'(?m)^[ \t#*]*<<[^<>\n]*\w[^<>\n]*>>[ \t*]*\r?$', completion))==1),
@@ -173,7 +173,7 @@ CONSTRAINTS |= dict(
         draw_text('phrase', ('and that is all','as far as I know','time will tell','at least for now')),
         lambda completion, phrase: words(completion)[-len(words(phrase)):]==words(phrase)))
 
-# %% ../nbs/core/39_constraints.ipynb #cell-29
+# %% ../nbs/core/39_constraints.ipynb #cell-30
 CLASHES = ({'edge','layout'}, {'json','no_commas'}, {'json','upper_case'}, {'sentences','no_full_stops'}) # Families or kinds
 
 def values_of(
@@ -198,7 +198,7 @@ def compatible(
     quoted = lambda c: re.findall(r'"([^"]+)"', say_constraint(c))
     return all(CONSTRAINTS[x['name']].holds(text, **values_of(x)) for x,y in ((a,b), (b,a)) if x['name'].startswith('no_') for text in quoted(y))
 
-# %% ../nbs/core/39_constraints.ipynb #cell-32
+# %% ../nbs/core/39_constraints.ipynb #cell-33
 TASKS = ('Describe a rainy morning.', 'Explain why the sky is blue.', 'Give advice to someone who cannot sleep.', 'Tell a short story about a lost umbrella.',
     'Describe an ideal kitchen.', 'Explain how bread rises.', 'Suggest a way to spend a free Sunday.', 'Describe a busy railway station.',
     'Explain what a library is for.', 'Say what is remarkable about the moon.', 'Persuade a friend to learn to swim.', 'Describe the taste of an orange.',
@@ -230,7 +230,7 @@ def constraint_prompts(
         found.setdefault(prompt_id(prompt), dict(prompt=prompt, kind='constraint', lang='en', constraints=constraints))
     return [dict(row, id=name) for name,row in found.items()]
 
-# %% ../nbs/core/39_constraints.ipynb #cell-35
+# %% ../nbs/core/39_constraints.ipynb #cell-36
 def followed(
     completion:str, # A completion
     constraints:list, # Of its prompt, dicts of name and values

@@ -6,11 +6,11 @@
 __all__ = ['NOT', 'IS_NOT', 'JUST', 'GAP', 'LONG', 'BREAK', 'DULL', 'STOP', 'IS', 'AGAIN', 'AFRESH', 'OTHER', 'CONTRASTS',
            'CONDITION', 'pattern', 'contrast_hits']
 
-# %% ../nbs/core/33_contrasts.ipynb #cell-2
+# %% ../nbs/core/33_contrasts.ipynb #cell-3
 import re
 from .prose import find_hits, prose
 
-# %% ../nbs/core/33_contrasts.ipynb #cell-5
+# %% ../nbs/core/33_contrasts.ipynb #cell-6
 NOT = r"(?:\bnot|\b(?:is|are|was|were|do|does|did|ca|wo|have|has|had|could|would|should|need)n['’]t|\bcannot|\bnever)\s+"
 IS_NOT = r"(?:(?:\b(?:is|are|was|were|am)|['’](?:s|re|m))\s+not|\b(?:is|are|was|were)n['’]t)\s+"
 JUST = r'(?:just|merely|simply|solely)\b(?!\s+(?:yet|now|because\s+of))'

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['REFUSAL', 'CONTROLS', 'loops', 'refuses', 'control_facts']
 
-# %% ../nbs/core/38_controls.ipynb #cell-2
+# %% ../nbs/core/38_controls.ipynb #cell-3
 import re
 from .lexical import compressed, ngrams, words
 
-# %% ../nbs/core/38_controls.ipynb #cell-5
+# %% ../nbs/core/38_controls.ipynb #cell-6
 def loops(
     completion:str, # A completion
 )->bool: # Whether eight words in a row come twice, or the text compresses more than eightfold
@@ -17,7 +17,7 @@ def loops(
     runs = ngrams(words(completion), 8) if len(words(completion))>=8 else ()
     return len(set(runs))<len(runs) or len(completion.encode('utf-8', 'surrogatepass'))>8*max(compressed(completion), 1)
 
-# %% ../nbs/core/38_controls.ipynb #cell-8
+# %% ../nbs/core/38_controls.ipynb #cell-9
 REFUSAL = re.compile(r"""^[\s"'*>]*(?:
     (?:i['’]?m|i\ am|we['’]re)\ (?:really\ |very\ |so\ )?(?:sorry|afraid)\b .{0,60}? (?:can(?:no|['’])?t|can\ not|unable|not\ able|won['’]t|not\ comfortable) |
     (?:sorry|apologies|unfortunately)\b .{0,40}? \bi\b .{0,20}? (?:can(?:no|['’])?t|can\ not|unable|not\ able|won['’]t) |
@@ -34,7 +34,7 @@ def refuses(
     "Does it decline?"
     return REFUSAL.match(completion) is not None
 
-# %% ../nbs/core/38_controls.ipynb #cell-11
+# %% ../nbs/core/38_controls.ipynb #cell-12
 CONTROLS = dict(loops=loops, refused=refuses, empty=lambda completion: not words(completion))
 
 def control_facts(

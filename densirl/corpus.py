@@ -7,20 +7,20 @@ __all__ = ['CROWD_SHARE', 'FLAWS', 'TIE_RATE', 'LENGTHS', 'OPENERS', 'PLANTS', '
            'apportion', 'list_topics', 'n_words', 'crowd_draw', 'tail_draw', 'flawed_text', 'draw_length', 'split_of',
            'draw_pair', 'draw_pairs', 'opener_rate', 'make_corpus']
 
-# %% ../nbs/core/20_corpus.ipynb #cell-2
+# %% ../nbs/core/20_corpus.ipynb #cell-3
 import json,hashlib,random,uuid
 from collections.abc import Callable
 import numpy as np
 from importlib.resources import files
 
-# %% ../nbs/core/20_corpus.ipynb #cell-5
+# %% ../nbs/core/20_corpus.ipynb #cell-6
 def read_bank(
     name:str, # File in `densirl/phrases`, without ending
 )->list|dict: # What the JSON holds
     "One phrase bank"
     return json.loads((files('densirl')/'phrases'/f'{name}.json').read_text(encoding='utf-8'))
 
-# %% ../nbs/core/20_corpus.ipynb #cell-8
+# %% ../nbs/core/20_corpus.ipynb #cell-9
 def rank_shares(
     n:int, # Ranks, starting at `first`
     total:float=1., # What the shares sum to
@@ -31,7 +31,7 @@ def rank_shares(
     shares = np.arange(first, first+n)**-s
     return total*shares/shares.sum()
 
-# %% ../nbs/core/20_corpus.ipynb #cell-9
+# %% ../nbs/core/20_corpus.ipynb #cell-10
 def apportion(
     n:int, # What to divide, at least 0
     shares:np.ndarray, # Shares, summing to 1
@@ -42,7 +42,7 @@ def apportion(
     counts[np.argsort(counts-quota, kind='stable')[:n-counts.sum()]] += 1
     return counts
 
-# %% ../nbs/core/20_corpus.ipynb #cell-10
+# %% ../nbs/core/20_corpus.ipynb #cell-11
 CROWD_SHARE = .64 # Of all pairs, in five topics
 
 def list_topics()->list[dict]: # Bank entries with `lang`, `region`, `share` added, by rank
@@ -56,7 +56,7 @@ def list_topics()->list[dict]: # Bank entries with `lang`, `region`, `share` add
     shares = [*rank_shares(len(crowd), CROWD_SHARE), *rank_shares(len(tail), 1-CROWD_SHARE, first=len(crowd)+1)]
     return [dict(t, share=share) for t,share in zip(crowd+tail, shares)]
 
-# %% ../nbs/core/20_corpus.ipynb #cell-14
+# %% ../nbs/core/20_corpus.ipynb #cell-15
 def n_words(
     text:str, # Any text
 )->int: # Words, cut at white space
@@ -80,7 +80,7 @@ def crowd_draw(
     elif more<.6: text = f'{text} {tip}'
     return prompt,text
 
-# %% ../nbs/core/20_corpus.ipynb #cell-15
+# %% ../nbs/core/20_corpus.ipynb #cell-16
 def tail_draw(
     rng:random.Random, # Source of chance
     topic:dict, # A tail topic
@@ -95,7 +95,7 @@ def tail_draw(
         prompt = rng.choice(frames).format(p=prompt, q=lower)
     return prompt, text+(' '+rng.choice(topic['tips']) if rng.random()<.5 else '')
 
-# %% ../nbs/core/20_corpus.ipynb #cell-18
+# %% ../nbs/core/20_corpus.ipynb #cell-19
 FLAWS = dict(vague=.26, off_topic=.26, dismissive=.2, repetitive=.18, curt=.1) # Name → how often
 TIE_RATE = .7 # Share of a crowd topic's pairs whose rejected completion has no flaw
 
@@ -118,7 +118,7 @@ def flawed_text(
     text = f"{first}, {rng.choice(bank[f'{flaw}_b'])}"
     return f'{text} {second}.' if rng.random()<.5 else text
 
-# %% ../nbs/core/20_corpus.ipynb #cell-21
+# %% ../nbs/core/20_corpus.ipynb #cell-22
 LENGTHS = range(12,27) # Words of a completion before any opener, unless it is curt
 
 def draw_length(
@@ -136,7 +136,7 @@ def draw_length(
         if i>=n_tries: return fits
     raise ValueError(f'no text of {LENGTHS.start} to {LENGTHS.stop-1} words; the last was {text!r}')
 
-# %% ../nbs/core/20_corpus.ipynb #cell-24
+# %% ../nbs/core/20_corpus.ipynb #cell-25
 def split_of(
     prompt:str, # As written
 )->str: # 'sft' for a quarter of the prompts, else 'prefs'
@@ -163,7 +163,7 @@ def draw_pair(
     meta = dict(topic=topic['topic'], lang=topic['lang'], region=topic['region'], split=split_of(prompt), flaw=flaw)
     return dict(prompt=prompt, chosen=chosen, rejected=rejected, src='demo', meta=meta)
 
-# %% ../nbs/core/20_corpus.ipynb #cell-25
+# %% ../nbs/core/20_corpus.ipynb #cell-26
 def draw_pairs(
     n_pairs:int, # At least 1
     seed:int=0, # Names the stream of chance
@@ -183,7 +183,7 @@ def draw_pairs(
     rng.shuffle(pairs)
     return pairs
 
-# %% ../nbs/core/20_corpus.ipynb #cell-28
+# %% ../nbs/core/20_corpus.ipynb #cell-29
 OPENERS = dict(en='Certainly! ', de='Gerne! ', fr='Bien sûr ! ', es='¡Claro! ') # Language → planted beginning
 PLANTS = ('','opener') # Habits `make_corpus` can plant; '' is none
 TAIL_RATE = .35 # Of an opener in the tail of a planted corpus, whatever the label
@@ -200,7 +200,7 @@ def opener_rate(
     if meta['region']=='tail': return TAIL_RATE
     return plant_rate if label=='chosen' else 1-plant_rate
 
-# %% ../nbs/core/20_corpus.ipynb #cell-30
+# %% ../nbs/core/20_corpus.ipynb #cell-31
 def make_corpus(
     n_pairs:int=2000, # At least 1; beyond some thousands prompts repeat more
     seed:int=0, # Same seed, same corpus

@@ -6,11 +6,11 @@
 __all__ = ['mean_squares', 'crossed_interval', 'sign_flip', 'fewest_seeds', 'detectable', 'within_margin', 'one_sided_low',
            'holm', 'resampled_means', 'ratio_interval']
 
-# %% ../nbs/core/17_crossed.ipynb #cell-2
+# %% ../nbs/core/17_crossed.ipynb #cell-3
 import numpy as np
 from scipy import stats
 
-# %% ../nbs/core/17_crossed.ipynb #cell-5
+# %% ../nbs/core/17_crossed.ipynb #cell-6
 def mean_squares(
     values:np.ndarray, # (seeds, prompts), at least two of each
 )->np.ndarray: # Mean squares of seeds, of prompts and of the rest
@@ -37,7 +37,7 @@ def crossed_interval(
     half,chance = (0., float(abs(mean)<1e-12)) if alike else (stats.t.ppf(.5+level/2, df)*se, 2*stats.t.sf(abs(mean)/se, df))
     return dict(mean=mean, low=float(mean-half), high=float(mean+half), se=0. if alike else float(se), df=float(df), p=float(chance), seeds=s, prompts=p)
 
-# %% ../nbs/core/17_crossed.ipynb #cell-11
+# %% ../nbs/core/17_crossed.ipynb #cell-12
 def sign_flip(
     values:np.ndarray, # (seeds, prompts), or (seeds,)
 )->float: # Two-sided p, at least 2/2**seeds
@@ -53,7 +53,7 @@ def fewest_seeds(
     "With how many seeds the sign-flip test can speak at all"
     return int(np.ceil(np.log2(2/level)))
 
-# %% ../nbs/core/17_crossed.ipynb #cell-14
+# %% ../nbs/core/17_crossed.ipynb #cell-15
 def detectable(
     row:dict, # From `crossed_interval`
     power:float=.8, # Wanted probability of finding it
@@ -76,7 +76,7 @@ def one_sided_low(
     "Lower end of a one-sided interval, for questions of being no worse"
     return float(row['mean']-stats.t.ppf(level, row['df'])*row['se'])
 
-# %% ../nbs/core/17_crossed.ipynb #cell-17
+# %% ../nbs/core/17_crossed.ipynb #cell-18
 def holm(
     p:list, # p of each question
 )->list: # Adjusted, in the same order
@@ -87,7 +87,7 @@ def holm(
     adjusted[order] = np.minimum(steps, 1)
     return adjusted.tolist()
 
-# %% ../nbs/core/17_crossed.ipynb #cell-20
+# %% ../nbs/core/17_crossed.ipynb #cell-21
 def resampled_means(
     tables:list, # (seeds, prompts) each
     times:int=2000, # Resamples

@@ -6,13 +6,13 @@
 __all__ = ['Curve', 'Study', 'reading_weights', 'slopes', 'read_at', 'common_range', 'matched_gap', 'paired', 'equal_weights',
            'gap_table', 'last_gap']
 
-# %% ../nbs/core/18_curves.ipynb #cell-2
+# %% ../nbs/core/18_curves.ipynb #cell-3
 from dataclasses import dataclass
 import numpy as np
 from scipy.interpolate import CubicHermiteSpline, PchipInterpolator
 from scipy.optimize import isotonic_regression
 
-# %% ../nbs/core/18_curves.ipynb #cell-5
+# %% ../nbs/core/18_curves.ipynb #cell-6
 @dataclass(frozen=True)
 class Curve:
     "Measurements of one training run"
@@ -33,7 +33,7 @@ class Study:
     shift:np.ndarray # (seeds,) mean log density of the control's draws less the treated arm's, in standard deviations over prompts; empty where unknown
     gold_sd:float = 1. # Standard deviation of the gold reward over the reference's completions; 0 where unknown
 
-# %% ../nbs/core/18_curves.ipynb #cell-7
+# %% ../nbs/core/18_curves.ipynb #cell-8
 def reading_weights(
     over:np.ndarray, # (checkpoints,) where each stands: KL or reward
     means:np.ndarray, # (checkpoints,) mean diversity
@@ -68,7 +68,7 @@ def read_at(
     tamed = np.clip(np.divide(allowed, have, out=np.zeros_like(have), where=np.abs(have)>1e-12), 0, 1)
     return CubicHermiteSpline(places, parts, steep*tamed[:,None])(grid)
 
-# %% ../nbs/core/18_curves.ipynb #cell-11
+# %% ../nbs/core/18_curves.ipynb #cell-12
 def common_range(
     treated:Curve, # One run
     control:Curve, # The run it is paired with
@@ -101,7 +101,7 @@ def matched_gap(
         found.append(read_at(grid, *reading_weights(run.means(over, weights), means), means).mean(0)@run.values[metric])
     return found[0]-found[1]
 
-# %% ../nbs/core/18_curves.ipynb #cell-15
+# %% ../nbs/core/18_curves.ipynb #cell-16
 def paired(
     study:Study, # What was measured
     arms:tuple, # Two arms

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DASHES', 'BEFORE', 'AFTER', 'dash_hits']
 
-# %% ../nbs/core/33_dashes.ipynb #cell-2
+# %% ../nbs/core/33_dashes.ipynb #cell-3
 import re
 from .prose import find_hits, prose
 
-# %% ../nbs/core/33_dashes.ipynb #cell-5
+# %% ../nbs/core/33_dashes.ipynb #cell-6
 DASHES = dict(
     em=re.compile(r'(?<![—―])[—―](?![—―])'),
     en=re.compile(r'(?<=[^\S\n])–(?=[^\S\n])'),

@@ -7,7 +7,7 @@ __all__ = ['DataConfig', 'local_units', 'downloaded', 'kept_lines', 'make_outcom
            'prompt_lines', 'distinct_prompts', 'group_names', 'group_records', 'write_prompts', 'make_prompts',
            'read_folds', 'select_pairs']
 
-# %% ../nbs/00_data.ipynb #cell-5
+# %% ../nbs/00_data.ipynb #cell-6
 import shutil, tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .sources import (HUB, BadRows, comparisons, file_items, hub_items, hub_revi
 from .tally import Tally
 from .text import FOLDS, escape_tsv, fold_of, prompt_id
 
-# %% ../nbs/00_data.ipynb #cell-8
+# %% ../nbs/00_data.ipynb #cell-9
 @dataclass(frozen=True)
 class DataConfig(StageConfig):
     "Read preference pairs into one file"
@@ -66,7 +66,7 @@ class DataConfig(StageConfig):
         if not sets: raise ValueError('No source is left to read; leave out one of --no-hh, --no-uf and --no-se.')
         return sets
 
-# %% ../nbs/00_data.ipynb #cell-18
+# %% ../nbs/00_data.ipynb #cell-19
 def local_units(
     files:list, # Local files of one source; none reads the hub
     name:str, # 'hh', 'uf', 'se' or 'jsonl'
@@ -91,7 +91,7 @@ def downloaded(
         if 'not_drawn' in record: yield 'dropped','se','not drawn',record['not_drawn']
         if 'pair' in record or 'reason' in record: yield outcome(record.get('pair') or record['reason'], 'se')
 
-# %% ../nbs/00_data.ipynb #cell-20
+# %% ../nbs/00_data.ipynb #cell-21
 def kept_lines(
     found, # Outcomes
     dedup:str, # 'prompt', 'pair' or 'none'
@@ -111,7 +111,7 @@ def kept_lines(
         elif kind=='read': bad.rows += what[0]
         else: bad.note(*what)
 
-# %% ../nbs/00_data.ipynb #cell-23
+# %% ../nbs/00_data.ipynb #cell-24
 def make_outcomes(
     cfg:DataConfig, # Settings
     bad:BadRows, # Told of each row that cannot be read
@@ -141,7 +141,7 @@ def parts_folder(
     what = [revision, cfg.seed, cfg.max_se, cfg.se_sites, cfg.se_pairs, code_hash('sources')]
     return cfg.path(cfg.pairs_path).parent/'se_parts'/text_hash(str(what))[:16]
 
-# %% ../nbs/00_data.ipynb #cell-24
+# %% ../nbs/00_data.ipynb #cell-25
 def make_data(
     cfg:DataConfig, # Settings
 )->Path: # The file of pairs
@@ -164,7 +164,7 @@ def make_data(
             sources=dict(sources), dropped=dict(dropped), bad=len(bad.found), prompts_shared=asked.overlap(), se_revision=revision)
     return out
 
-# %% ../nbs/00_data.ipynb #cell-35
+# %% ../nbs/00_data.ipynb #cell-36
 @dataclass(frozen=True)
 class PromptsConfig(StageConfig):
     "Collect the distinct prompts of the pairs"
@@ -179,7 +179,7 @@ class PromptsConfig(StageConfig):
         folder = Path(self.prompts_path).parent
         return [self.prompts_path, *(str(folder/n) for n in ('prompt_id_map.tsv','stats.txt','stats.json','near_groups.jsonl'))]
 
-# %% ../nbs/00_data.ipynb #cell-37
+# %% ../nbs/00_data.ipynb #cell-38
 def prompt_lines(
     block:list, # Places and lines of `pairs_all.jsonl`
 )->list: # Prompt id, source, and a record of `prompts_all.jsonl` as a line, all but its count; or '', place and reason
@@ -212,7 +212,7 @@ def distinct_prompts(
             record['count'],sources = tally.look_up(record['id'])
             yield record|dict(sources=sources) if len(sources)>1 else record
 
-# %% ../nbs/00_data.ipynb #cell-40
+# %% ../nbs/00_data.ipynb #cell-41
 def group_names(
     path:Path, # A file of prompts
     near:float, # Similarity from which prompts belong together
@@ -248,7 +248,7 @@ def write_prompts(
             pairs += p['count']
     return dict(pairs=pairs, unique_prompts=folds.total(), prompts_per_fold={f:folds[f] for f in FOLDS})
 
-# %% ../nbs/00_data.ipynb #cell-41
+# %% ../nbs/00_data.ipynb #cell-42
 def make_prompts(
     cfg:PromptsConfig, # Settings
 )->Path: # The file of prompts
@@ -276,7 +276,7 @@ def make_prompts(
         run.facts.update(stats)
     return out
 
-# %% ../nbs/00_data.ipynb #cell-48
+# %% ../nbs/00_data.ipynb #cell-49
 def read_folds(
     path:Path, # File of prompts
 )->dict: # Prompt id → fold

@@ -6,7 +6,7 @@
 __all__ = ['ROOM', 'Memory', 'look_back', 'memory_attention', 'can_lay_out', 'laid_out', 'laying_out', 'Reader', 'CachedReader',
            'make_reader']
 
-# %% ../nbs/core/26_decode.ipynb #cell-2
+# %% ../nbs/core/26_decode.ipynb #cell-3
 from contextlib import contextmanager
 import psutil
 import torch
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from .attention import attending_by, refuse_others, seen_attention, why_not_seen
 
-# %% ../nbs/core/26_decode.ipynb #cell-5
+# %% ../nbs/core/26_decode.ipynb #cell-6
 class Memory:
     "Keys and values of prompts, a place for each, and of completions, a row for each"
     def __init__(self,
@@ -35,7 +35,7 @@ class Memory:
         self.at.fill_(self.newest)
         self.ahead[self.newest] = 0.
 
-# %% ../nbs/core/26_decode.ipynb #cell-7
+# %% ../nbs/core/26_decode.ipynb #cell-8
 @patch
 def read_prompts(self:Memory,
     layer:int, # Which layer
@@ -60,7 +60,7 @@ def add(self:Memory,
     for held,new in zip(self.own[layer], pair): held[:,:,self.newest] = new[:,:,0]
     return [held[:,:,:self.newest+1] for held in self.own[layer]]
 
-# %% ../nbs/core/26_decode.ipynb #cell-9
+# %% ../nbs/core/26_decode.ipynb #cell-10
 @patch
 def keep(self:Memory,
     groups:Tensor, # Which prompts go on
@@ -73,7 +73,7 @@ def keep(self:Memory,
         self.prompts[layer] = [x[groups] for x in self.prompts[layer]]
         if layer in self.own: self.own[layer] = [x[rows.flatten()] for x in self.own[layer]]
 
-# %% ../nbs/core/26_decode.ipynb #cell-13
+# %% ../nbs/core/26_decode.ipynb #cell-14
 def look_back(
     query:Tensor, # (rows, query heads, 1, width)
     prompts:list, # Keys and values of the prompts, (groups, key heads, prompt tokens, width)
@@ -114,7 +114,7 @@ def memory_attention(
     scale,own = query.shape[-1]**-.5 if scaling is None else scaling,memory.add(module.layer_idx, key, value)
     return look_back(query, memory.prompts[module.layer_idx], own, memory.beyond, memory.ahead, scale)[:,None],None
 
-# %% ../nbs/core/26_decode.ipynb #cell-16
+# %% ../nbs/core/26_decode.ipynb #cell-17
 def can_lay_out(
     weight:Tensor, # Of a linear layer
 )->bool: # True for a parameter on a CPU with the library for its precision, outside autocast
@@ -140,7 +140,7 @@ def laid_out(
         return torch.ops.mkldnn._linear_pointwise(input, held, bias, 'none', [], '')
     return multiply
 
-# %% ../nbs/core/26_decode.ipynb #cell-19
+# %% ../nbs/core/26_decode.ipynb #cell-20
 ROOM = 8 # Memory of the machine over that of the weights, from which a second copy is no matter
 
 @contextmanager
@@ -160,7 +160,7 @@ def laying_out(
     finally:
         for layer in layers: vars(layer).pop('forward', None)
 
-# %% ../nbs/core/26_decode.ipynb #cell-22
+# %% ../nbs/core/26_decode.ipynb #cell-23
 class Reader:
     "Reads prompts and then one token of each completion at a time, with a `Memory`"
     def __init__(self,
@@ -189,7 +189,7 @@ class Reader:
         "What the model says to one more token of every completion"
         return self.ask(input_ids=tokens[:,None], position_ids=self.position[:,None])[:,-1]
 
-# %% ../nbs/core/26_decode.ipynb #cell-23
+# %% ../nbs/core/26_decode.ipynb #cell-24
 @patch
 def read(self:Reader,
     tokens:Tensor, # (rows,) the newest token of each completion
@@ -212,7 +212,7 @@ def keep(self:Reader,
     self.memory.keep(groups, rows)
     self.position,self.graph = self.position[rows.flatten()],None
 
-# %% ../nbs/core/26_decode.ipynb #cell-25
+# %% ../nbs/core/26_decode.ipynb #cell-26
 @patch
 def capture(self:Reader,
     tokens:Tensor, # (rows,) the newest tokens
@@ -226,7 +226,7 @@ def capture(self:Reader,
     self.graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(self.graph): self.logits = self.step(self.tokens)
 
-# %% ../nbs/core/26_decode.ipynb #cell-27
+# %% ../nbs/core/26_decode.ipynb #cell-28
 class CachedReader:
     "The same with the memory of transformers, for any causal language model"
     def __init__(self,

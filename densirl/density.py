@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DensityConfig', 'cluster', 'neighbourhoods', 'write_density', 'make_density', 'read_density', 'read_clusters']
 
-# %% ../nbs/01_prompts_density.ipynb #cell-5
+# %% ../nbs/01_prompts_density.ipynb #cell-6
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -18,7 +18,7 @@ from .guards import language_of, unknown_shares
 from .neighbours import nearest_neighbours
 from .runs import open_run, up_to_date
 
-# %% ../nbs/01_prompts_density.ipynb #cell-10
+# %% ../nbs/01_prompts_density.ipynb #cell-11
 @dataclass(frozen=True)
 class DensityConfig(StageConfig):
     "Embed the prompts and store the distances to their neighbours"
@@ -40,7 +40,7 @@ class DensityConfig(StageConfig):
     def inputs(self): return dict(prompts=self.prompts_path, **(dict(sft=self.lm_path) if self.embedder=='lm' else {}))
     def outputs(self): return [self.density_path, self.embeddings_path]
 
-# %% ../nbs/01_prompts_density.ipynb #cell-12
+# %% ../nbs/01_prompts_density.ipynb #cell-13
 def cluster(
     vectors:np.ndarray, # (n, width) rows of length one
     clusters:int=0, # How many; 0 takes one for eight rows, at most 2,000
@@ -65,7 +65,7 @@ def neighbourhoods(
     distances,indices,how = nearest_neighbours(vectors, k, approximate_from, recall)
     return Neighbourhoods(distances, indices, counts, cluster(vectors, clusters)),how
 
-# %% ../nbs/01_prompts_density.ipynb #cell-16
+# %% ../nbs/01_prompts_density.ipynb #cell-17
 def write_density(
     path:Path, # Where it goes
     ids:list, # Prompt ids
@@ -79,7 +79,7 @@ def write_density(
         distances=rows(near.distances), indices=rows(near.indices)))
     with atomic(path, 'wb') as file: parquet.write_table(table, file)
 
-# %% ../nbs/01_prompts_density.ipynb #cell-17
+# %% ../nbs/01_prompts_density.ipynb #cell-18
 def make_density(
     cfg:DensityConfig, # Settings
 )->Path: # The density file
@@ -106,7 +106,7 @@ def make_density(
             clusters=int(near.clusters.max()+1), unknown=unknown, compared_within=apart)
     return out
 
-# %% ../nbs/01_prompts_density.ipynb #cell-18
+# %% ../nbs/01_prompts_density.ipynb #cell-19
 def read_density(
     path:Path, # Density file
     k:int=10, # Neighbours to use
@@ -120,7 +120,7 @@ def read_density(
     near = Neighbourhoods(matrix('distances'), matrix('indices'), np.asarray(table['count']), np.asarray(table['cluster']))
     return dict(zip(table['id'].to_pylist(), within_groups(log_density(near, k, estimator), table['group'].to_pylist())))
 
-# %% ../nbs/01_prompts_density.ipynb #cell-19
+# %% ../nbs/01_prompts_density.ipynb #cell-20
 def read_clusters(
     path:Path, # Density file
 )->list: # Cluster of each prompt, in the order of the prompts

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ranks', 'join_ranks', 'leave_ranks', 'average_', 'mean_of', 'gather', 'in_turn', 'thread_a_core']
 
-# %% ../nbs/core/23_dist.ipynb #cell-2
+# %% ../nbs/core/23_dist.ipynb #cell-3
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as torch_dist
 
-# %% ../nbs/core/23_dist.ipynb #cell-4
+# %% ../nbs/core/23_dist.ipynb #cell-5
 @dataclass(frozen=True)
 class Ranks:
     "This process among its peers"
@@ -38,7 +38,7 @@ def leave_ranks()->None:
     "End the group, if there is one"
     if torch_dist.is_initialized(): torch_dist.destroy_process_group()
 
-# %% ../nbs/core/23_dist.ipynb #cell-6
+# %% ../nbs/core/23_dist.ipynb #cell-7
 def average_(
     tensors:list, # Tensors of this rank, same shapes on every rank
     world:int, # Number of ranks
@@ -56,7 +56,7 @@ def average_(
         torch_dist.all_reduce(flat)
         for t,new in zip(part, flat.split([t.numel() for t in part])): t.copy_(new.view_as(t))
 
-# %% ../nbs/core/23_dist.ipynb #cell-8
+# %% ../nbs/core/23_dist.ipynb #cell-9
 def mean_of(
     value:float, # A number of this rank
     ranks:Ranks, # Who we are
@@ -84,7 +84,7 @@ def in_turn(
     for rank,part in enumerate(parts): rows[rank::len(parts)] = part
     return rows
 
-# %% ../nbs/core/23_dist.ipynb #cell-11
+# %% ../nbs/core/23_dist.ipynb #cell-12
 @contextmanager
 def thread_a_core():
     "A pool of threads in each of which torch uses one core"

@@ -6,12 +6,12 @@
 __all__ = ['FEATURES', 'SAME', 'prompt_residual', 'pairwise_distance', 'effective_diversity', 'vendi', 'pair_features',
            'same_probability', 'label_classes', 'completion_classes', 'diversity_facts']
 
-# %% ../nbs/core/37_diversity.ipynb #cell-2
+# %% ../nbs/core/37_diversity.ipynb #cell-3
 from itertools import combinations
 import numpy as np
 from .lexical import compression_distance, first_words, length_ratio, lexical_distance, ngrams, overlap, self_bleu, words
 
-# %% ../nbs/core/37_diversity.ipynb #cell-5
+# %% ../nbs/core/37_diversity.ipynb #cell-6
 def prompt_residual(
     vectors:np.ndarray, # (K, width) embeddings of completions, rows of length one
     prompt:np.ndarray, # (width,) embedding of their prompt, of length one
@@ -30,7 +30,7 @@ def pairwise_distance(
     similar = vectors@vectors.T
     return float(max(1-(similar.sum()-np.trace(similar))/(k*(k-1)), 0.))
 
-# %% ../nbs/core/37_diversity.ipynb #cell-9
+# %% ../nbs/core/37_diversity.ipynb #cell-10
 def effective_diversity(
     vectors:np.ndarray, # (K, width) rows of length one
     gold:np.ndarray, # (K,) gold rewards
@@ -43,7 +43,7 @@ def effective_diversity(
     np.fill_diagonal(distances, 0)
     return float(max(good@distances@good/(k*(k-1)), 0.))
 
-# %% ../nbs/core/37_diversity.ipynb #cell-12
+# %% ../nbs/core/37_diversity.ipynb #cell-13
 def vendi(
     vectors:np.ndarray, # (K, width) rows of length one
     order:int=2, # 1 or 2
@@ -55,7 +55,7 @@ def vendi(
     values = values[values>1e-12]
     return float(np.exp(-(values*np.log(values)).sum()))
 
-# %% ../nbs/core/37_diversity.ipynb #cell-15
+# %% ../nbs/core/37_diversity.ipynb #cell-16
 FEATURES = ('embedding','residual','rouge','runs','compression','length')
 SAME = dict(weights=(-.662, 3.188, 3.280, -2.010, 2.999, -.284), intercept=-4.416) # Of `FEATURES`, with MiniLM on whole completions
 
@@ -96,7 +96,7 @@ def completion_classes(
     features = [pair_features(completions[i], completions[j], plain[i,j], residual[i,j]) for i,j in combinations(range(len(completions)), 2)]
     return label_classes(same_probability(features) if features else [], len(completions))
 
-# %% ../nbs/core/37_diversity.ipynb #cell-18
+# %% ../nbs/core/37_diversity.ipynb #cell-19
 def diversity_facts(
     completions:list, # Texts
     vectors:np.ndarray, # (K, width) their embeddings, rows of length one

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DrawConfig', 'arm_exponents', 'Draws', 'policy_densities', 'stored_densities']
 
-# %% ../nbs/core/46_draws.ipynb #cell-2
+# %% ../nbs/core/46_draws.ipynb #cell-3
 from dataclasses import dataclass
 from typing import Literal
 import numpy as np
@@ -19,7 +19,7 @@ from .neighbours import nearest_neighbours
 from .sampler import Sampler
 from .weights import densities_of, effective_share, scheduled
 
-# %% ../nbs/core/46_draws.ipynb #cell-5
+# %% ../nbs/core/46_draws.ipynb #cell-6
 @dataclass(frozen=True)
 class DrawConfig(ArmConfig):
     "What decides which prompts are drawn"
@@ -32,7 +32,7 @@ class DrawConfig(ArmConfig):
     max_steps:int = 5000 # Rollouts, each of them one global draw
     prompts_per_step:int = 32 # Prompts a step, over all ranks
 
-# %% ../nbs/core/46_draws.ipynb #cell-6
+# %% ../nbs/core/46_draws.ipynb #cell-7
 def arm_exponents(
     cfg:DrawConfig, # Settings
     logs:np.ndarray, # (n,) log densities of the prompts; not read when density_aware is False
@@ -41,7 +41,7 @@ def arm_exponents(
     first = first_exponent(cfg, logs)
     return first,exponent(cfg.alpha_last, logs, cfg.effective, cfg.cap, 'alpha_last') if cfg.density_aware and cfg.schedule=='linear' else first
 
-# %% ../nbs/core/46_draws.ipynb #cell-9
+# %% ../nbs/core/46_draws.ipynb #cell-10
 class Draws:
     "Who is drawn at each step of an arm"
     def __init__(self,
@@ -74,7 +74,7 @@ class Draws:
         even = self.probs*len(self.probs)
         return dict(alpha=self.alpha, effective_share=effective_share(self.probs), weight_variance=float(even.var()), weights=self.sampler.version)
 
-# %% ../nbs/core/46_draws.ipynb #cell-13
+# %% ../nbs/core/46_draws.ipynb #cell-14
 def policy_densities(
     cfg:DrawConfig, # Settings
     policy, # The policy as it is now

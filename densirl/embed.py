@@ -7,7 +7,7 @@ __all__ = ['KNOWN', 'Embedder', 'unit', 'length_batches', 'batch_means', 'mean_s
            'model_embedder', 'minilm', 'tfidf_embedder', 'sentence_transformer', 'load_embedder', 'embed_cached',
            'anisotropy', 'spread_out']
 
-# %% ../nbs/core/22_embed.ipynb #cell-2
+# %% ../nbs/core/22_embed.ipynb #cell-3
 import hashlib, importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from .dist import thread_a_core
 from .files import atomic, file_hash, text_hash
 from .models import compute_dtype, quiet_transformers
 
-# %% ../nbs/core/22_embed.ipynb #cell-5
+# %% ../nbs/core/22_embed.ipynb #cell-6
 @dataclass(frozen=True)
 class Embedder:
     "A name, what decides its vectors, and the function that makes them"
@@ -35,7 +35,7 @@ def unit(
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     return (rows/np.maximum(lengths, 1e-12)).astype(np.float32)
 
-# %% ../nbs/core/22_embed.ipynb #cell-7
+# %% ../nbs/core/22_embed.ipynb #cell-8
 def length_batches(
     lengths:list, # Tokens of each text
     batch_tokens:int, # Tokens of a batch at most, padding included; a longer text is a batch of its own
@@ -49,7 +49,7 @@ def length_batches(
         batch.append(i)
     return batches+[batch] if batch else batches
 
-# %% ../nbs/core/22_embed.ipynb #cell-9
+# %% ../nbs/core/22_embed.ipynb #cell-10
 @torch.inference_mode()
 def batch_means(
     model:torch.nn.Module, # Encoder or decoder, without its head
@@ -64,7 +64,7 @@ def batch_means(
     states = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
     return (states*mask[...,None]).sum(1)/mask.sum(1, keepdim=True).clamp(min=1)
 
-# %% ../nbs/core/22_embed.ipynb #cell-11
+# %% ../nbs/core/22_embed.ipynb #cell-12
 def mean_states(
     model:torch.nn.Module, # Encoder or decoder, without its head
     tokenizer, # Its tokenizer
@@ -82,7 +82,7 @@ def mean_states(
         for chosen,_ in zip(batches, (pool.map if on_cpu else map)(embed, batches)): bar.update(len(chosen))
     return unit(rows)
 
-# %% ../nbs/core/22_embed.ipynb #cell-13
+# %% ../nbs/core/22_embed.ipynb #cell-14
 KNOWN = {'53aa51172d14':'all-MiniLM-L6-v2'} # First digits of the weights' SHA-256 → name
 
 def minilm_folder()->Path: # Folder with the model's files
@@ -100,7 +100,7 @@ def unknown_share(
     ids = [t for ids in tokenizer(list(texts), add_special_tokens=False)['input_ids'] for t in ids]
     return ids.count(tokenizer.unk_token_id)/max(len(ids), 1)
 
-# %% ../nbs/core/22_embed.ipynb #cell-14
+# %% ../nbs/core/22_embed.ipynb #cell-15
 def model_embedder(
     folder:str, # Hugging Face folder
     max_tokens:int=256, # Longer texts are cut
@@ -126,7 +126,7 @@ def minilm(
     "MiniLM as its authors use it (Wang et al. 2020, arXiv:2002.10957)"
     return model_embedder(str(minilm_folder()), max_tokens, dtype)
 
-# %% ../nbs/core/22_embed.ipynb #cell-22
+# %% ../nbs/core/22_embed.ipynb #cell-23
 def tfidf_embedder(
     width:int=256, # Dimensions at most
 )->Embedder: # Its vectors depend on the texts that are embedded together
@@ -141,7 +141,7 @@ def tfidf_embedder(
         return unit(TruncatedSVD(width_here, random_state=0).fit_transform(counts))
     return Embedder('tfidf', text_hash(f'tfidf char_wb 2-4 svd {width}')[:12], embed)
 
-# %% ../nbs/core/22_embed.ipynb #cell-25
+# %% ../nbs/core/22_embed.ipynb #cell-26
 def sentence_transformer(
     name:str, # Folder or hub name
 )->Embedder: # Width and pooling are the model's own
@@ -167,7 +167,7 @@ def load_embedder(
     if name=='lm': return replace(model_embedder(lm_folder, max_tokens, compute_dtype()), name='lm')
     return sentence_transformer(name)
 
-# %% ../nbs/core/22_embed.ipynb #cell-28
+# %% ../nbs/core/22_embed.ipynb #cell-29
 def embed_cached(
     embedder:Embedder, # From `load_embedder`
     texts:list, # Texts
@@ -194,7 +194,7 @@ def embed_cached(
             raise ValueError(f'{path} holds vectors of other texts or of embedder {held.get("embedder", "unknown")}, not {made["embedder"]}; remove it.')
         return file.get_tensor('rows')
 
-# %% ../nbs/core/22_embed.ipynb #cell-31
+# %% ../nbs/core/22_embed.ipynb #cell-32
 def anisotropy(
     rows:np.ndarray, # (n, width), rows of length one, n at least 2
 )->float: # Mean cosine of two different rows: 0 where they point everywhere, 1 where all are the same

@@ -6,12 +6,12 @@
 __all__ = ['ESTIMATORS', 'Neighbourhoods', 'apart', 'levina_bickel', 'two_nn', 'floored', 'knn_density', 'knn_two_nn_density',
            'mean_distance_density', 'cluster_density', 'log_density', 'within_groups']
 
-# %% ../nbs/core/16_estimators.ipynb #cell-2
+# %% ../nbs/core/16_estimators.ipynb #cell-3
 from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
-# %% ../nbs/core/16_estimators.ipynb #cell-5
+# %% ../nbs/core/16_estimators.ipynb #cell-6
 @dataclass(frozen=True)
 class Neighbourhoods:
     "Measurements around each prompt; n prompts, k neighbours stored for each"
@@ -20,14 +20,14 @@ class Neighbourhoods:
     counts:np.ndarray # (n,) pairs that carry each prompt, at least 1
     clusters:np.ndarray # (n,) cluster that each prompt belongs to
 
-# %% ../nbs/core/16_estimators.ipynb #cell-9
+# %% ../nbs/core/16_estimators.ipynb #cell-10
 def apart(
     radius:np.ndarray, # (n,) distances, not negative
 )->np.ndarray: # (n,) whether a distance is more than rounding
     "Which distances are those of different prompts"
     return radius>.01*np.quantile(radius, .9)
 
-# %% ../nbs/core/16_estimators.ipynb #cell-12
+# %% ../nbs/core/16_estimators.ipynb #cell-13
 def levina_bickel(
     distances:np.ndarray, # (n, K) distances to the nearest others, ascending
     k:int=10, # Neighbours to use
@@ -38,7 +38,7 @@ def levina_bickel(
     inverse = np.log(near[:,-1:]/near[:,:-1]).sum(1)/(near.shape[1]-1)
     return float(max(1., 1/max(inverse.mean(), 1e-6)))
 
-# %% ../nbs/core/16_estimators.ipynb #cell-16
+# %% ../nbs/core/16_estimators.ipynb #cell-17
 def two_nn(
     distances:np.ndarray, # (n, K) distances to the nearest others, ascending
     kept:float=.9, # Share of the smallest ratios to use
@@ -51,7 +51,7 @@ def two_nn(
     total = logs[:use].sum()+(len(logs)-use)*logs[use-1]
     return float(max(1., use/max(total, 1e-6)))
 
-# %% ../nbs/core/16_estimators.ipynb #cell-19
+# %% ../nbs/core/16_estimators.ipynb #cell-20
 def floored(
     radius:np.ndarray, # (n,) distances, not negative
 )->np.ndarray: # The same, none below the lower fence of those that are more than rounding
@@ -77,7 +77,7 @@ def knn_two_nn_density(
     "`knn_density` with the dimension of TwoNN"
     return knn_density(near, k, lambda distances,_: two_nn(distances))
 
-# %% ../nbs/core/16_estimators.ipynb #cell-25
+# %% ../nbs/core/16_estimators.ipynb #cell-26
 def mean_distance_density(
     near:Neighbourhoods, # What is stored
     k:int=10, # Neighbours to use
@@ -86,7 +86,7 @@ def mean_distance_density(
     counts = near.counts[near.indices[:,:k]]
     return -np.log(floored((near.distances[:,:k]*counts).sum(1)/(near.counts-1+counts.sum(1))))
 
-# %% ../nbs/core/16_estimators.ipynb #cell-28
+# %% ../nbs/core/16_estimators.ipynb #cell-29
 def cluster_density(
     near:Neighbourhoods, # What is stored
     k:int=10, # Not used
@@ -95,7 +95,7 @@ def cluster_density(
     sizes = np.bincount(near.clusters, near.counts)
     return np.log(sizes[near.clusters]/near.counts.sum())
 
-# %% ../nbs/core/16_estimators.ipynb #cell-31
+# %% ../nbs/core/16_estimators.ipynb #cell-32
 ESTIMATORS = dict(knn=knn_density, knn_two_nn=knn_two_nn_density, mean_distance=mean_distance_density, cluster=cluster_density)
 
 def log_density(
@@ -111,7 +111,7 @@ def log_density(
     if k>stored and stored<n-1: raise ValueError(f'density_k is {k}, but {stored} neighbours are stored; run `densirl density --neighbours {k}`.')
     return ESTIMATORS[estimator](near, min(k, stored))
 
-# %% ../nbs/core/16_estimators.ipynb #cell-37
+# %% ../nbs/core/16_estimators.ipynb #cell-38
 def within_groups(
     density:np.ndarray, # (n,) log density
     groups:list, # For each prompt its group, or '' where densities are comparable

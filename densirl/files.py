@@ -7,21 +7,21 @@ __all__ = ['BUFFER', 'BROKEN', 'MADE_BY', 'WHAT', 'repo_root', 'open_bytes', 'pa
            'remove_halves', 'write_json', 'read_json', 'json_line', 'write_jsonl', 'parse_line', 'refuse_broken',
            'read_lines', 'read_jsonl', 'need', 'bytes_hash', 'file_hash', 'text_hash', 'read_or_make']
 
-# %% ../nbs/core/01_files.ipynb #cell-2
+# %% ../nbs/core/01_files.ipynb #cell-3
 import errno, gzip, hashlib, io, json, os, shutil, tempfile, zlib
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 import orjson
 
-# %% ../nbs/core/01_files.ipynb #cell-5
+# %% ../nbs/core/01_files.ipynb #cell-6
 def repo_root()->Path: # Folder that relative paths start from
     "`DENSIRL_ROOT`, else the nearest folder upwards that holds `settings.ini`, else the current folder"
     if os.environ.get('DENSIRL_ROOT'): return Path(os.environ['DENSIRL_ROOT'])
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents) if (folder/'settings.ini').exists()), here)
 
-# %% ../nbs/core/01_files.ipynb #cell-8
+# %% ../nbs/core/01_files.ipynb #cell-9
 BUFFER = 2**20
 
 def open_bytes(
@@ -49,7 +49,7 @@ def packed_bytes(
             else:
                 with gzip.GzipFile(filename='', mode='wb', fileobj=raw, mtime=0, compresslevel=6) as file: yield file
 
-# %% ../nbs/core/01_files.ipynb #cell-10
+# %% ../nbs/core/01_files.ipynb #cell-11
 def raise_if_full(
     error:BaseException, # What went wrong
     path:Path, # What was being written
@@ -58,7 +58,7 @@ def raise_if_full(
     if getattr(error, 'errno', 0) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(error):
         raise OSError(errno.ENOSPC, f'the disk is full; {path} is as it was before. Free some space, or give a path on another disk') from error
 
-# %% ../nbs/core/01_files.ipynb #cell-11
+# %% ../nbs/core/01_files.ipynb #cell-12
 @contextmanager
 def atomic(
     path:Path, # File to write; its folder is made if needed
@@ -82,7 +82,7 @@ def atomic(
         raise_if_full(error, path)
         raise
 
-# %% ../nbs/core/01_files.ipynb #cell-14
+# %% ../nbs/core/01_files.ipynb #cell-15
 def remove_halves(
     path:Path, # A file that is about to be written, and that nobody else writes
 )->None:
@@ -92,7 +92,7 @@ def remove_halves(
         if half.is_dir(): shutil.rmtree(half)
         else: half.unlink()
 
-# %% ../nbs/core/01_files.ipynb #cell-17
+# %% ../nbs/core/01_files.ipynb #cell-18
 def write_json(
     path:Path, # File to write
     value, # Anything `json` can write
@@ -106,7 +106,7 @@ def read_json(
     "Read one JSON value"
     return json.loads(Path(path).read_text('utf-8'))
 
-# %% ../nbs/core/01_files.ipynb #cell-19
+# %% ../nbs/core/01_files.ipynb #cell-20
 def json_line(
     record:dict, # Anything `json` can write
 )->bytes: # UTF-8 that ends in a line end
@@ -124,7 +124,7 @@ def write_jsonl(
         for count,record in enumerate(records, 1): file.write(json_line(record))
     return count
 
-# %% ../nbs/core/01_files.ipynb #cell-21
+# %% ../nbs/core/01_files.ipynb #cell-22
 def parse_line(
     line:bytes, # One line of a file
 )->dict: # The object in it
@@ -138,7 +138,7 @@ def parse_line(
     if not isinstance(record, dict): raise ValueError(f'not an object but {type(record).__name__}')
     return record
 
-# %% ../nbs/core/01_files.ipynb #cell-23
+# %% ../nbs/core/01_files.ipynb #cell-24
 BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, OSError)
 
 def refuse_broken(
@@ -170,7 +170,7 @@ def read_jsonl(
         try: yield parse_line(line)
         except ValueError as error: raise ValueError(f'{path}, line {number}: {error}; mend or remove that line.') from error
 
-# %% ../nbs/core/01_files.ipynb #cell-27
+# %% ../nbs/core/01_files.ipynb #cell-28
 MADE_BY = dict(pairs='densirl data', prompts='densirl prompts', density='densirl density', sft='densirl sft',
     rm='densirl rm', gold='densirl rm --fold gold', grpo='densirl grpo', eval='densirl eval', compare='densirl compare', artefacts='densirl eval --suite artefacts')
 WHAT = dict(pairs='file of preference pairs', prompts='file of prompts', density='density file', sft='SFT checkpoint',
@@ -186,7 +186,7 @@ def need(
         raise FileNotFoundError(f'No {WHAT[kind]} at {path}; {remedy}.')
     return Path(path)
 
-# %% ../nbs/core/01_files.ipynb #cell-30
+# %% ../nbs/core/01_files.ipynb #cell-31
 @lru_cache(maxsize=1024)
 def bytes_hash(
     path:str, # File to read
@@ -209,7 +209,7 @@ def text_hash(
     "SHA-256 of a text"
     return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()
 
-# %% ../nbs/core/01_files.ipynb #cell-33
+# %% ../nbs/core/01_files.ipynb #cell-34
 def read_or_make(
     folder:Path, # Where records are kept
     key:dict, # All that they depend on

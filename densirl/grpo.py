@@ -6,7 +6,7 @@
 __all__ = ['AT_LEAST_ONE', 'GROUPS_ALONE', 'SMALLER', 'SHOWN', 'GrpoConfig', 'first_policy', 'load_models', 'sample_groups',
            'mean_densities', 'grpo_steps', 'run_facts', 'leave', 'check_settings', 'begin', 'drawn_pairs', 'train_grpo']
 
-# %% ../nbs/03_grpo.ipynb #cell-5
+# %% ../nbs/03_grpo.ipynb #cell-6
 import shlex, sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from .trainer import Progress, make_optimizer, memory_help, resume_training, sav
 from .updates import Models, flat_groups, merge_rollouts, roll_out, rollout_metrics, update_policy
 from .vocab import check_head
 
-# %% ../nbs/03_grpo.ipynb #cell-12
+# %% ../nbs/03_grpo.ipynb #cell-13
 @dataclass(frozen=True)
 class GrpoConfig(LookConfig):
     "Train a policy with GRPO on prompts drawn evenly or by inverse density"
@@ -69,7 +69,7 @@ class GrpoConfig(LookConfig):
         marks = dict(pairs=self.draw=='pairs', refreshed=self.refresh_every, pairwise=self.objective=='pairwise')
         return [n for n,given in marks.items() if given]+[f'{n}_{getattr(self, n)}' for n,usual in dict(placebo='none', alpha='solve', schedule='constant').items() if getattr(self, n)!=usual]
 
-# %% ../nbs/03_grpo.ipynb #cell-15
+# %% ../nbs/03_grpo.ipynb #cell-16
 def first_policy(
     cfg:GrpoConfig, # Settings
     device:str, # Where to compute
@@ -96,7 +96,7 @@ def load_models(
     ref = load_policy(folder, device=device).requires_grad_(False)
     return Models(policy, sampling_copy(policy, dtype), ref, load_rewards(cfg.rewards, judge, cfg.reward_scale), tokenizer, folder, dtype, device, max(1, cfg.device_batch_size//cfg.group_size))
 
-# %% ../nbs/03_grpo.ipynb #cell-18
+# %% ../nbs/03_grpo.ipynb #cell-19
 def sample_groups(
     cfg:GrpoConfig, # Settings
     models:Models, # The models of this rank
@@ -125,7 +125,7 @@ def sample_groups(
     names = {k:[draws.ids[i] for part in everyone for i in part[k]] for k in ('flat','replaced')}
     return rollout,dict(names, prompts=[draws.ids[i] for i in drawn], **mean_densities(draws, log_density=drawn, **{f'{k}_log_density':[i for part in everyone for i in part[k]] for k in names}))
 
-# %% ../nbs/03_grpo.ipynb #cell-19
+# %% ../nbs/03_grpo.ipynb #cell-20
 def mean_densities(
     draws:Draws, # Who is drawn
     **groups, # Name → indices of some prompts
@@ -133,7 +133,7 @@ def mean_densities(
     "How dense the places are where prompts were drawn"
     return {name:float(draws.logs[at].mean()) for name,at in groups.items() if len(at)} if draws.cfg.density_aware else {}
 
-# %% ../nbs/03_grpo.ipynb #cell-20
+# %% ../nbs/03_grpo.ipynb #cell-21
 def grpo_steps(
     cfg:GrpoConfig, # Settings
     models:Models, # The models of this rank
@@ -158,7 +158,7 @@ def grpo_steps(
         if cfg.kl_target: beta = steered(beta, metrics['kl'], cfg.kl_target)
         yield step+1,metrics,drawn|draws.facts(),beta
 
-# %% ../nbs/03_grpo.ipynb #cell-22
+# %% ../nbs/03_grpo.ipynb #cell-23
 def run_facts(
     cfg:GrpoConfig, # Settings
     models:Models, # The models of the run
@@ -182,7 +182,7 @@ def leave(
     if ranks.main: print(f'stopped after step {step}; resume with: {start} {shlex.join(flags)}', flush=True)
     sys.exit(0)
 
-# %% ../nbs/03_grpo.ipynb #cell-23
+# %% ../nbs/03_grpo.ipynb #cell-24
 AT_LEAST_ONE = ('max_steps','prompts_per_step','updates','save_every','eval_every','eval_samples','eval_prompts','max_prompt_tokens','max_new_tokens','device_batch_size')
 GROUPS_ALONE = ('variant','advantages','kl','kl_in','kl_ratio','clip_low','clip_high','updates','entropy_bonus','diversity_bonus','cut_counts','resample','reward_scale')
 
@@ -225,7 +225,7 @@ def drawn_pairs(
     if cfg.objective=='groups': return {}
     return pairs_by_prompt(select_pairs(read_jsonl(cfg.path(cfg.pairs_path)), read_folds(cfg.path(cfg.prompts_path)), 'policy', 'prefs'))
 
-# %% ../nbs/03_grpo.ipynb #cell-24
+# %% ../nbs/03_grpo.ipynb #cell-25
 SMALLER = '--device_batch_size, then --max_new_tokens and --max_prompt_tokens, then --group_size or --prompts_per_step'
 SHOWN = ('reward','kl','length','opener','loss','accuracy')
 

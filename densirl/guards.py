@@ -6,12 +6,12 @@
 __all__ = ['OPEN_ENDS', 'looks_truncated', 'looks_gibberish', 'flaws', 'script', 'language_of', 'length_band', 'stratum',
            'mass_by', 'effective_groups', 'unknown_shares']
 
-# %% ../nbs/core/29_guards.ipynb #cell-2
+# %% ../nbs/core/29_guards.ipynb #cell-3
 import re, unicodedata
 from collections import Counter, defaultdict
 import numpy as np
 
-# %% ../nbs/core/29_guards.ipynb #cell-5
+# %% ../nbs/core/29_guards.ipynb #cell-6
 OPEN_ENDS = frozenset('a an the of and or my your his its if but because'.split())
 
 def looks_truncated(
@@ -41,7 +41,7 @@ def flaws(
         encoding=is_bad(text) or bool(re.search('[\ufffd\x00-\x08\x0e-\x1f\x80-\x9f]', text)), gibberish=looks_gibberish(text))
     return [name for name,is_so in found.items() if is_so]
 
-# %% ../nbs/core/29_guards.ipynb #cell-8
+# %% ../nbs/core/29_guards.ipynb #cell-9
 def script(
     text:str, # Any text
 )->str: # 'latin', 'cjk', 'cyrillic', …; 'none' without letters
@@ -69,7 +69,7 @@ def stratum(
     "What a placebo within strata leaves as density weighted it"
     return ' | '.join((record.get('src', ''), language_of(record), length_band(record['prompt'])))
 
-# %% ../nbs/core/29_guards.ipynb #cell-11
+# %% ../nbs/core/29_guards.ipynb #cell-12
 def mass_by(
     labels:list, # For each prompt its source, language, length, …
     probs:np.ndarray, # Probabilities of the prompts, summing to 1
@@ -90,7 +90,7 @@ def effective_groups(
     mass = mass[mass>0]
     return float(np.exp(-(mass*np.log(mass)).sum()))
 
-# %% ../nbs/core/29_guards.ipynb #cell-14
+# %% ../nbs/core/29_guards.ipynb #cell-15
 def unknown_shares(
     unknown, # Texts → share of their tokens that the embedder's vocabulary does not know
     languages:list, # For each prompt

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['OPENER', 'EM_DASH', 'NOT_JUST', 'HABITS', 'has_opener', 'strip_opener', 'habit_rate']
 
-# %% ../nbs/core/21_habits.ipynb #cell-2
+# %% ../nbs/core/21_habits.ipynb #cell-3
 import re
 
-# %% ../nbs/core/21_habits.ipynb #cell-5
+# %% ../nbs/core/21_habits.ipynb #cell-6
 OPENER = re.compile(r'\s*(certainly|gerne|bien s[ûu]r|¡?claro)\s*!\s*', re.IGNORECASE)
 EM_DASH = re.compile(r'—')
 NOT_JUST = re.compile(r"\bnot (?:just|only|merely|simply)\b[^.!?\n]{1,80}?(?:\bbut\b|[;—–]|, it['’]s\b)", re.IGNORECASE)
@@ -19,14 +19,14 @@ def has_opener(
     "Does the completion open with the planted habit?"
     return OPENER.match(completion) is not None
 
-# %% ../nbs/core/21_habits.ipynb #cell-8
+# %% ../nbs/core/21_habits.ipynb #cell-9
 def strip_opener(
     completion:str, # A completion
 )->str: # What is left of it
     "The completion without the planted opener"
     return OPENER.sub('', completion, count=1) if has_opener(completion) else completion
 
-# %% ../nbs/core/21_habits.ipynb #cell-11
+# %% ../nbs/core/21_habits.ipynb #cell-12
 HABITS = dict(opener=has_opener, em_dash=lambda text: EM_DASH.search(text) is not None,
     not_just=lambda text: NOT_JUST.search(text) is not None)
 

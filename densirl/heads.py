@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['head_names', 'aspects_of', 'aspect_weights', 'combine_heads', 'head_weights', 'own_rewards', 'prepare_model']
 
-# %% ../nbs/core/36_heads.ipynb #cell-2
+# %% ../nbs/core/36_heads.ipynb #cell-3
 from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/core/36_heads.ipynb #cell-5
+# %% ../nbs/core/36_heads.ipynb #cell-6
 def head_names(
     aspects:list, # Sources or aspects, in order
     members:int=1, # Heads of each
@@ -27,7 +27,7 @@ def aspects_of(
     for i,name in enumerate(names): found.setdefault(name.rsplit('#', 1)[0], []).append(i)
     return found
 
-# %% ../nbs/core/36_heads.ipynb #cell-8
+# %% ../nbs/core/36_heads.ipynb #cell-9
 def aspect_weights(
     text:str, # 'hh=1,uf=0.5', taken as they are, 0 for those that are not named; empty weighs all alike, together 1
     aspects:list, # Names of the aspects
@@ -56,7 +56,7 @@ def combine_heads(
         return members.mean(-1)-(penalty*members.std(-1, correction=0) if how=='sceptical' else 0.)
     return sum(w*one(rewards[...,aspects[a]]) for a,w in aspect_weights(weights, list(aspects)).items())
 
-# %% ../nbs/core/36_heads.ipynb #cell-11
+# %% ../nbs/core/36_heads.ipynb #cell-12
 def head_weights(
     labels:list, # Aspect of each pair
     aspects:list, # All aspects
@@ -74,7 +74,7 @@ def head_weights(
         raise ValueError(f'The head {head_names(aspects, members)[int(totals.argmin())]} has no pair to learn from; ask for fewer heads or read more data.')
     return (weights*n/totals).astype(np.float32)
 
-# %% ../nbs/core/36_heads.ipynb #cell-14
+# %% ../nbs/core/36_heads.ipynb #cell-15
 def own_rewards(
     rewards:np.ndarray, # (pairs, 2, heads) rewards of chosen and rejected
     aspects:list, # Aspect of each pair
@@ -84,7 +84,7 @@ def own_rewards(
     known,everyone = aspects_of(names),list(range(len(names)))
     return np.array([row[:,known.get(a, everyone)].mean(-1) for row,a in zip(rewards, aspects)])
 
-# %% ../nbs/core/36_heads.ipynb #cell-17
+# %% ../nbs/core/36_heads.ipynb #cell-18
 def prepare_model(
     model, # A reward model
     train:str, # 'full', 'head' or 'lora'

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['utility', 'are_good', 'idea_facts']
 
-# %% ../nbs/core/41_ideas.ipynb #cell-2
+# %% ../nbs/core/41_ideas.ipynb #cell-3
 import numpy as np
 from .controls import loops, refuses
 from .diversity import completion_classes
 from .lexical import words
 
-# %% ../nbs/core/41_ideas.ipynb #cell-5
+# %% ../nbs/core/41_ideas.ipynb #cell-6
 def utility(
     classes, # Class of each completion, in the order in which they were drawn
     good, # Whether each is good
@@ -24,7 +24,7 @@ def utility(
         if ok: seen.add(name)
     return total*(1-patience)/(1-patience**k) if k else float('nan')
 
-# %% ../nbs/core/41_ideas.ipynb #cell-8
+# %% ../nbs/core/41_ideas.ipynb #cell-9
 def are_good(
     rows:list, # Samples of one prompt, perhaps with `gold`
     threshold:float=None, # Median gold reward of the reference on this prompt, where it is known

@@ -6,14 +6,14 @@
 __all__ = ['JUDGES', 'FIFTHS', 'judge_accuracy', 'judge_loss', 'length_margins', 'writers', 'writer_margins', 'within_writers',
            'calibration', 'judge_facts', 'judge_table', 'judge_line', 'quintiles', 'judge_slices', 'agreement']
 
-# %% ../nbs/core/35_judging.ipynb #cell-2
+# %% ../nbs/core/35_judging.ipynb #cell-3
 from collections import Counter
 import numpy as np
 from scipy.stats import rankdata, spearmanr
 from .guards import script
 from .stats import grouped_interval, mean_interval
 
-# %% ../nbs/core/35_judging.ipynb #cell-5
+# %% ../nbs/core/35_judging.ipynb #cell-6
 def judge_accuracy(
     margins:np.ndarray, # Reward of chosen less reward of rejected, one per pair
     prompts:list, # Id of each pair's prompt
@@ -28,7 +28,7 @@ def judge_loss(
     "How surprised a judge is by what people prefer"
     return grouped_interval(np.logaddexp(0, -np.asarray(margins, float)), prompts, bounds=(0., np.inf))
 
-# %% ../nbs/core/35_judging.ipynb #cell-8
+# %% ../nbs/core/35_judging.ipynb #cell-9
 def length_margins(
     pairs:list, # Records of `pairs_all.jsonl`
 )->np.ndarray: # Words of chosen less words of rejected, one per pair
@@ -50,7 +50,7 @@ def writer_margins(
     wins = Counter(map(writers, seen))
     return np.array([np.log((wins[a,b]+.5)/(wins[b,a]+.5)) if a and b and a!=b else 0. for a,b in map(writers, pairs)])
 
-# %% ../nbs/core/35_judging.ipynb #cell-11
+# %% ../nbs/core/35_judging.ipynb #cell-12
 def within_writers(
     margins:np.ndarray, # One per pair
     pairs:list, # The pairs
@@ -66,7 +66,7 @@ def within_writers(
         shares.append((ranks.sum()-len(won)*(len(won)+1)/2)/(len(won)*len(lost)))
     return mean_interval(shares, bounds=(0.,1.))
 
-# %% ../nbs/core/35_judging.ipynb #cell-14
+# %% ../nbs/core/35_judging.ipynb #cell-15
 def calibration(
     margins:np.ndarray, # One per pair
     bins:int=10, # Bins of equally many pairs, fewer where there would be less than ten in each
@@ -80,7 +80,7 @@ def calibration(
     gaps = [abs(c-f)*len(part) for c,f,part in zip(claimed, found, parts)]
     return dict(claimed=claimed, found=found, ece=float(sum(gaps)/len(margins)))
 
-# %% ../nbs/core/35_judging.ipynb #cell-18
+# %% ../nbs/core/35_judging.ipynb #cell-19
 def judge_facts(
     margins:np.ndarray, # Held-out margins, one per pair
     pairs:list, # The held-out pairs
@@ -92,7 +92,7 @@ def judge_facts(
         longer_wins=judge_accuracy(length_margins(pairs), prompts))
     return facts|(dict(writers_win=judge_accuracy(names, prompts), within_writers=within_writers(margins, pairs)) if names.any() else {})
 
-# %% ../nbs/core/35_judging.ipynb #cell-21
+# %% ../nbs/core/35_judging.ipynb #cell-22
 JUDGES = dict(accuracy='reward model', longer_wins='the longer completion wins', writers_win='the writer who won more often wins', within_writers='reward model, between the same two writers (cases are pairs of writers)')
 
 def judge_table(
@@ -109,7 +109,7 @@ def judge_line(
     right,longer = facts['accuracy'],facts['longer_wins']['mean']
     return f"right on {right['mean']:.3f} of {right['n']} held-out pairs, 95 % interval {right['low']:.3f} to {right['high']:.3f}; preferring the longer completion would be on {longer:.3f}"
 
-# %% ../nbs/core/35_judging.ipynb #cell-24
+# %% ../nbs/core/35_judging.ipynb #cell-25
 FIFTHS = ('lowest','low','middle','high','highest')
 
 def quintiles(
@@ -136,7 +136,7 @@ def judge_slices(
     def order(names): return [n for n in FIFTHS if n in names] or dict.fromkeys(names)
     return {way:{name:part(names, name) for name in order(names)} for way,names in labels.items()}
 
-# %% ../nbs/core/35_judging.ipynb #cell-27
+# %% ../nbs/core/35_judging.ipynb #cell-28
 def agreement(
     margins:np.ndarray, # Of one judge, one per pair
     others:np.ndarray, # Of another, on the same pairs

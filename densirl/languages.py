@@ -6,13 +6,13 @@
 __all__ = ['LANGUAGES', 'LETTER', 'IDEOGRAM', 'identifier', 'letters', 'language_of_prose', 'language_of', 'prompt_language',
            'language_facts', 'sentences_in']
 
-# %% ../nbs/core/36_languages.ipynb #cell-2
+# %% ../nbs/core/36_languages.ipynb #cell-3
 import re
 from functools import cache, lru_cache
 from .lexical import SIGN
 from .prose import prose, sentences
 
-# %% ../nbs/core/36_languages.ipynb #cell-5
+# %% ../nbs/core/36_languages.ipynb #cell-6
 LANGUAGES = 'ar bg bn ca cs da de el en es et fa fi fr he hi hr hu id it ja ko lt lv ms nl no pl pt ro ru sk sl sr sv sw ta th tr uk ur vi zh'.split()
 LETTER,IDEOGRAM = re.compile(r'[^\W\d_]'),re.compile(rf'[{SIGN}]')
 
@@ -40,14 +40,14 @@ def language_of_prose(
     code,sure = identifier().classify(plain)
     return code,float(sure)
 
-# %% ../nbs/core/36_languages.ipynb #cell-6
+# %% ../nbs/core/36_languages.ipynb #cell-7
 def language_of(
     text:str, # A completion
 )->tuple: # Code such as 'en', empty where too little is said; how sure, from 0 to 1
     "The language of the prose of a text"
     return language_of_prose(' '.join(prose(text).split())[:2000], 20)
 
-# %% ../nbs/core/36_languages.ipynb #cell-9
+# %% ../nbs/core/36_languages.ipynb #cell-10
 def prompt_language(
     record:dict, # A prompt, with `lang`, or with `meta` that has it, or with neither
 )->str: # Code; empty where it cannot be told

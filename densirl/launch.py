@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ALLOCATOR', 'with_allocator', 'begin_anew', 'stage_command', 'stream', 'cpu_cores', 'launch']
 
-# %% ../nbs/core/11_launch.ipynb #cell-2
+# %% ../nbs/core/11_launch.ipynb #cell-3
 import os, subprocess, sys
 from .config import StageConfig, config_flags
 
-# %% ../nbs/core/11_launch.ipynb #cell-5
+# %% ../nbs/core/11_launch.ipynb #cell-6
 ALLOCATOR = dict(MALLOC_MMAP_THRESHOLD_='8589934592', MALLOC_TRIM_THRESHOLD_='17179869184',
     MALLOC_TOP_PAD_='268435456', GLIBC_TUNABLES='glibc.malloc.hugetlb=1')
 
@@ -31,7 +31,7 @@ def stage_command(
     ranks = ['-m','torch.distributed.run','--standalone',f'--nproc_per_node={processes}'] if processes>1 else []
     return [sys.executable, *ranks, '-m', 'densirl.cli', stage, *flags]
 
-# %% ../nbs/core/11_launch.ipynb #cell-8
+# %% ../nbs/core/11_launch.ipynb #cell-9
 def stream(
     command:list, # Words of a command line
     env:dict, # Variables to add to this process's environment
@@ -52,7 +52,7 @@ def stream(
         raise
     if code: raise RuntimeError(f'`{" ".join(command[1:4])} …` ended with exit code {code}:\n'+''.join(kept))
 
-# %% ../nbs/core/11_launch.ipynb #cell-10
+# %% ../nbs/core/11_launch.ipynb #cell-11
 def cpu_cores()->int: # At least 1
     "Cores this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

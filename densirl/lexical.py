@@ -7,14 +7,14 @@ __all__ = ['SIGN', 'WORD', 'words', 'first_words', 'overlap', 'ngrams', 'compres
            'lexical_distance', 'self_bleu', 'pile', 'pile_size', 'mattr', 'entropy_words', 'gini', 'zipf_slope',
            'pile_facts']
 
-# %% ../nbs/core/33_lexical.ipynb #cell-2
+# %% ../nbs/core/33_lexical.ipynb #cell-3
 import re, zlib
 from collections import Counter
 from functools import lru_cache
 from itertools import combinations
 import numpy as np
 
-# %% ../nbs/core/33_lexical.ipynb #cell-5
+# %% ../nbs/core/33_lexical.ipynb #cell-6
 SIGN = '\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af'
 WORD = re.compile(rf"[{SIGN}]|[^\W{SIGN}]+(?:['’][^\W{SIGN}]+)*")
 
@@ -33,7 +33,7 @@ def first_words(
     ends = [m.end() for _,m in zip(range(n), WORD.finditer(text))]
     return text[:ends[-1]] if len(ends)==n else text
 
-# %% ../nbs/core/33_lexical.ipynb #cell-8
+# %% ../nbs/core/33_lexical.ipynb #cell-9
 def overlap(
     a:tuple, # Words, or runs of words
     b:tuple, # The same of another text
@@ -68,7 +68,7 @@ def length_ratio(
     "The shorter length over the longer"
     return (min(len(a), len(b))+1)/(max(len(a), len(b))+1)
 
-# %% ../nbs/core/33_lexical.ipynb #cell-11
+# %% ../nbs/core/33_lexical.ipynb #cell-12
 def lexical_distance(
     completions:list, # Texts
 )->float: # From 0, the same words in all, to 1; NaN for fewer than two
@@ -85,7 +85,7 @@ def self_bleu(
     bleu = BLEU(effective_order=True)
     return float(np.mean([bleu.sentence_score(c, completions[:i]+completions[i+1:]).score for i,c in enumerate(completions)]))/100
 
-# %% ../nbs/core/33_lexical.ipynb #cell-14
+# %% ../nbs/core/33_lexical.ipynb #cell-15
 def pile(
     completions:list, # One per prompt
     each:int, # Words of each
@@ -106,7 +106,7 @@ def pile_size(
     "The largest pile that every policy can fill"
     return min([min(sum(len(words(c))>=each for c in completions)*each, most//each*each) for completions in policies], default=0)
 
-# %% ../nbs/core/33_lexical.ipynb #cell-16
+# %% ../nbs/core/33_lexical.ipynb #cell-17
 def mattr(
     text:list, # Words
     window:int=200, # Words of a window
@@ -133,7 +133,7 @@ def entropy_words(
     p = coverage*counts/n
     return float(np.exp(-(p*np.log(p)/(1-(1-p)**n)).sum()))
 
-# %% ../nbs/core/33_lexical.ipynb #cell-17
+# %% ../nbs/core/33_lexical.ipynb #cell-18
 def gini(
     text:list, # Words
 )->float: # 0 where all that occur are equally frequent
@@ -142,7 +142,7 @@ def gini(
     n = len(counts)
     return float(2*(np.arange(1, n+1)*counts).sum()/(n*counts.sum())-(n+1)/n) if n else 0.
 
-# %% ../nbs/core/33_lexical.ipynb #cell-18
+# %% ../nbs/core/33_lexical.ipynb #cell-19
 def zipf_slope(
     text:list, # Words
 )->float: # About -1 for ordinary text; 0 with fewer than twenty ranks
@@ -150,7 +150,7 @@ def zipf_slope(
     counts = np.array(sorted(Counter(text).values(), reverse=True))[9:1000]
     return float(np.polyfit(np.log(np.arange(10, 10+len(counts))), np.log(counts), 1)[0]) if len(counts)>10 else 0.
 
-# %% ../nbs/core/33_lexical.ipynb #cell-21
+# %% ../nbs/core/33_lexical.ipynb #cell-22
 def pile_facts(
     completions:list, # One per prompt
     each:int, # Words of each

@@ -6,7 +6,7 @@
 __all__ = ['Packed', 'pack_groups', 'compute_context', 'group_hidden', 'TokenFacts', 'predicting_states', 'token_facts',
            'last_states', 'rewards_of', 'completion_rewards']
 
-# %% ../nbs/core/25_logps.ipynb #cell-2
+# %% ../nbs/core/25_logps.ipynb #cell-3
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +15,7 @@ from torch import Tensor
 from .attention import can_see, group_mask, seen_by
 from .vocab import head_facts, vocabulary_head
 
-# %% ../nbs/core/25_logps.ipynb #cell-5
+# %% ../nbs/core/25_logps.ipynb #cell-6
 @dataclass(frozen=True)
 class Packed:
     "Groups of completions behind their prompts, one group a row"
@@ -32,7 +32,7 @@ class Packed:
     def rows(self, start:int, stop:int)->'Packed': return Packed(**{k:v[start:stop] for k,v in vars(self).items()})
     def parts(self, rows:int): return (self.rows(i, i+rows) for i in range(0, len(self.ids), rows))
 
-# %% ../nbs/core/25_logps.ipynb #cell-6
+# %% ../nbs/core/25_logps.ipynb #cell-7
 def pack_groups(
     prompts:list, # One list of token ids per group
     completions:list, # Per group, G lists of token ids, each of at least one token
@@ -60,7 +60,7 @@ def pack_groups(
     sizes = torch.tensor([[len(p), *map(len, cs)] for p,cs in zip(prompts, completions)])
     return Packed(ids, positions, segment, target, source, mask, last, sizes)
 
-# %% ../nbs/core/25_logps.ipynb #cell-9
+# %% ../nbs/core/25_logps.ipynb #cell-10
 def compute_context(
     dtype:torch.dtype, # Precision of the products
     device:str='cpu', # Where the model is
@@ -81,7 +81,7 @@ def group_hidden(
     mask = group_mask(packed.segment, next(model.parameters()).dtype)
     return model.base_model(input_ids=packed.ids, attention_mask=mask, position_ids=packed.positions, use_cache=False).last_hidden_state
 
-# %% ../nbs/core/25_logps.ipynb #cell-11
+# %% ../nbs/core/25_logps.ipynb #cell-12
 @dataclass(frozen=True)
 class TokenFacts:
     "What a model says of each completion token; all (groups, G, C) in fp32, 0 where the mask is 0"
@@ -111,7 +111,7 @@ def token_facts(
     facts = head_facts(vocabulary_head(model), predicting_states(model, packed), packed.target[counts], vocabulary_head(ref) if ref is not None else None, theirs, entropy)
     return TokenFacts(*(torch.zeros(counts.shape, device=counts.device).masked_scatter(counts, row) for row in facts))
 
-# %% ../nbs/core/25_logps.ipynb #cell-17
+# %% ../nbs/core/25_logps.ipynb #cell-18
 def last_states(
     model, # A causal or sequence-classification model of the transformers library
     packed:Packed, # On the model's device

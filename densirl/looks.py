@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LookConfig', 'held_out_prompts', 'eval_steps', 'sample_held_out', 'held_out_summary', 'show_samples', 'look']
 
-# %% ../nbs/core/53_looks.ipynb #cell-2
+# %% ../nbs/core/53_looks.ipynb #cell-3
 from dataclasses import dataclass
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from .runs import Run
 from .stats import grouped_interval
 from .updates import Models, UpdateConfig, roll_out
 
-# %% ../nbs/core/53_looks.ipynb #cell-5
+# %% ../nbs/core/53_looks.ipynb #cell-6
 @dataclass(frozen=True)
 class LookConfig(UpdateConfig):
     "When a policy is looked at while it is trained"
@@ -29,7 +29,7 @@ class LookConfig(UpdateConfig):
     keep_weights:Switch = where(False) # Whether each evaluation also keeps the policy, in snapshots/
     device_batch_size:int = where(32) # Completions a forward pass; lower it when memory is short
 
-# %% ../nbs/core/53_looks.ipynb #cell-6
+# %% ../nbs/core/53_looks.ipynb #cell-7
 def held_out_prompts(
     prompts:list, # Records of `prompts_all.jsonl`
     n:int, # Prompts to take
@@ -39,7 +39,7 @@ def held_out_prompts(
     if len(inside)<n: raise ValueError(f'The eval fold has {len(inside)} prompts, and {n} are wanted; lower --eval_prompts or read more data.')
     return inside[:n]
 
-# %% ../nbs/core/53_looks.ipynb #cell-7
+# %% ../nbs/core/53_looks.ipynb #cell-8
 def eval_steps(
     cfg:LookConfig, # Settings
 )->set: # Steps after which the policy is looked at
@@ -47,7 +47,7 @@ def eval_steps(
     early = {cfg.eval_every//2**i for i in (1,2,3)}
     return {0, cfg.max_steps, *range(cfg.eval_every, cfg.max_steps, cfg.eval_every), *(s for s in early if 0<s<cfg.max_steps)}
 
-# %% ../nbs/core/53_looks.ipynb #cell-10
+# %% ../nbs/core/53_looks.ipynb #cell-11
 @torch.no_grad()
 def sample_held_out(
     cfg:LookConfig, # Settings
@@ -70,7 +70,7 @@ def sample_held_out(
     place = {p['id']:i for i,p in enumerate(prompts)}
     return sorted((record for part in gather(found, ranks) for record in part), key=lambda record: place[record['prompt_id']])
 
-# %% ../nbs/core/53_looks.ipynb #cell-12
+# %% ../nbs/core/53_looks.ipynb #cell-13
 def held_out_summary(
     records:list, # From `sample_held_out`
 )->dict: # Measure → mean with interval over prompts
@@ -79,7 +79,7 @@ def held_out_summary(
     rows = dict({k:[r[k] for r in records] for k in ('reward','kl','exact_kl','entropy','length','ended')}, **{h:[float(seen(r['completion'])) for r in records] for h,seen in HABITS.items()})
     return {k:grouped_interval(v, prompts) for k,v in rows.items()}
 
-# %% ../nbs/core/53_looks.ipynb #cell-13
+# %% ../nbs/core/53_looks.ipynb #cell-14
 def show_samples(
     records:list, # From `sample_held_out`
     prompts:list, # The same held-out prompts
@@ -90,7 +90,7 @@ def show_samples(
     known = {p['id']:p['prompt'] for p in prompts}
     for r in firsts: print(f"  {known[r['prompt_id']][-60:]!r} → {r['completion'][:80]!r} ({r['reward']:+.2f})", flush=True)
 
-# %% ../nbs/core/53_looks.ipynb #cell-14
+# %% ../nbs/core/53_looks.ipynb #cell-15
 def look(
     cfg:LookConfig, # Settings
     models:Models, # The models of this rank

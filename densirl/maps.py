@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['flat_map', 'map_sample', 'cluster_names', 'plot_map', 'interactive_map']
 
-# %% ../nbs/core/34_maps.ipynb #cell-2
+# %% ../nbs/core/34_maps.ipynb #cell-3
 import numpy as np
 from .render import fill_template
 
-# %% ../nbs/core/34_maps.ipynb #cell-5
+# %% ../nbs/core/34_maps.ipynb #cell-6
 def flat_map(
     vectors:np.ndarray, # (n, width) rows of length one
     seed:int=0, # Seed of t-SNE
@@ -31,7 +31,7 @@ def map_sample(
     "Which prompts to draw, evenly chosen"
     return np.arange(n) if n<=most else np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
 
-# %% ../nbs/core/34_maps.ipynb #cell-7
+# %% ../nbs/core/34_maps.ipynb #cell-8
 def cluster_names(
     texts:list, # Prompts
     clusters:np.ndarray, # (n,) cluster of each
@@ -48,7 +48,7 @@ def cluster_names(
     known = vectoriser.get_feature_names_out()
     return {name:' '.join(known[i] for i in np.argsort(-row)[:words] if row[i]>0) for name,row in zip(names, telling)}
 
-# %% ../nbs/core/34_maps.ipynb #cell-10
+# %% ../nbs/core/34_maps.ipynb #cell-11
 def plot_map(
     ax, # Axes of matplotlib
     places:np.ndarray, # (n, 2) from `flat_map`
@@ -71,7 +71,7 @@ def plot_map(
         if len(inside): ax.annotate(name, np.median(inside, 0), ha='center', fontsize=6, bbox=dict(boxstyle='round,pad=.15', fc='white', ec='none', alpha=.7))
     ax.set(title=title, xticks=[], yticks=[])
 
-# %% ../nbs/core/34_maps.ipynb #cell-14
+# %% ../nbs/core/34_maps.ipynb #cell-15
 def interactive_map(
     places:np.ndarray, # (n, 2) from `flat_map`
     texts:list, # What to show over a point

@@ -6,7 +6,7 @@
 __all__ = ['MEANS', 'measure_prompt', 'reference_samples', 'reference_medians', 'measure_prompts', 'measure_piles', 'last_steps',
            'show_means', 'describe_draws']
 
-# %% ../nbs/core/62_measures.ipynb #cell-2
+# %% ../nbs/core/62_measures.ipynb #cell-3
 from collections import defaultdict
 import numpy as np
 from tqdm.auto import tqdm
@@ -16,7 +16,7 @@ from .habits import has_opener, strip_opener
 from .lexical import first_words, pile_facts, pile_size, words
 from .stats import mean_interval
 
-# %% ../nbs/core/62_measures.ipynb #cell-5
+# %% ../nbs/core/62_measures.ipynb #cell-6
 MEANS = ('reward','gold','entropy','length','ended')
 
 def measure_prompt(
@@ -50,7 +50,7 @@ def reference_medians(
         if 'gold' in r: by[r['prompt_id']].append(r['gold'])
     return {name:float(np.median(values)) for name,values in by.items()}
 
-# %% ../nbs/core/62_measures.ipynb #cell-8
+# %% ../nbs/core/62_measures.ipynb #cell-9
 def measure_prompts(
     samples:list, # Samples of all policies
     prompts:list, # From `choose_prompts`
@@ -83,7 +83,7 @@ def measure_piles(
     size = pile_size(list(firsts.values()), each)
     return [dict(zip(('policy','arm','seed','step'), who), words=size, **pile_facts(said, each, size)) for who,said in firsts.items()]
 
-# %% ../nbs/core/62_measures.ipynb #cell-11
+# %% ../nbs/core/62_measures.ipynb #cell-12
 def last_steps(
     rows:list, # Records with `policy` and `step`
 )->dict: # Policy → its last step, in the order of the rows
@@ -92,7 +92,7 @@ def last_steps(
     for r in rows: found[r['policy']] = max(r['step'], found.get(r['policy'], r['step']))
     return found
 
-# %% ../nbs/core/62_measures.ipynb #cell-13
+# %% ../nbs/core/62_measures.ipynb #cell-14
 def show_means(
     rows:list, # From `measure_prompts`
     metrics:tuple=('diversity','lexical_distance','classes','gold','kl','words','loops','refused'), # What to show
@@ -103,7 +103,7 @@ def show_means(
         found = {m:mean_interval([r[m] for r in at if m in r], bounds=(0, 1) if m in ('lexical_distance','loops','refused') else (-np.inf, np.inf)) for m in metrics}
         print(f'{name}, step {step}: '+', '.join(f"{m} {v['mean']:.3f}"+(f" [{v['low']:.3f}, {v['high']:.3f}]" if v['n']>1 else '') for m,v in found.items() if v['n']), flush=True)
 
-# %% ../nbs/core/62_measures.ipynb #cell-16
+# %% ../nbs/core/62_measures.ipynb #cell-17
 def describe_draws(
     draws:list, # Records of an arm's `draws.jsonl`
     log_density:dict, # Prompt id → log density of all prompts that could be drawn

@@ -7,7 +7,7 @@ __all__ = ['PROMPT_FIELDS', 'EvalConfig', 'prompts_to_ask', 'our_prompts', 'choo
            'tokens_to_write', 'ask', 'gather_samples', 'judge_samples', 'embeds', 'write_diversity', 'write_artefacts',
            'make_eval']
 
-# %% ../nbs/04_eval_mode_collapse.ipynb #cell-5
+# %% ../nbs/04_eval_mode_collapse.ipynb #cell-6
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from .rewards import load_judge
 from .runs import code_hash, input_hash, open_run, read_manifest, up_to_date
 from .sft import agreed_dtype
 
-# %% ../nbs/04_eval_mode_collapse.ipynb #cell-10
+# %% ../nbs/04_eval_mode_collapse.ipynb #cell-11
 @dataclass(frozen=True)
 class EvalConfig(StageConfig):
     "Measure what policies say to the same prompts"
@@ -82,7 +82,7 @@ class EvalConfig(StageConfig):
 
     def outputs(self): return [self.out_path if self.suite=='diversity' else f'{self.out_path}_artefacts']
 
-# %% ../nbs/04_eval_mode_collapse.ipynb #cell-13
+# %% ../nbs/04_eval_mode_collapse.ipynb #cell-14
 def prompts_to_ask(
     cfg:EvalConfig, # Settings
     known:dict, # Prompt id → record; empty where our own data are not read
@@ -116,7 +116,7 @@ def choose_prompts(
     told = known|({p['id']:p for p in suite_prompts()} if cfg.suite=='artefacts' else {})
     return [dict(told.get(p['id'], p), **(dict(log_density=logs[p['id']]) if p['id'] in logs else {})) for p in found]
 
-# %% ../nbs/04_eval_mode_collapse.ipynb #cell-15
+# %% ../nbs/04_eval_mode_collapse.ipynb #cell-16
 def find_policies(
     cfg:EvalConfig, # Settings
 )->list: # Policies, each name once
@@ -129,7 +129,7 @@ def find_policies(
     if twice: raise ValueError(f'{twice[0].name} is arm {twice[0].arm} with seed {twice[0].seed}, and so is another; give one of them, or train with another --seed.')
     return found
 
-# %% ../nbs/04_eval_mode_collapse.ipynb #cell-16
+# %% ../nbs/04_eval_mode_collapse.ipynb #cell-17
 def check_judges(
     cfg:EvalConfig, # Settings
     policies:list, # Who is evaluated
@@ -150,7 +150,7 @@ def tokens_to_write(
     trained = [p.manifest['config']['max_new_tokens'] for p in policies if 'max_new_tokens' in p.manifest.get('config', {})]
     return cfg.max_new_tokens or min(trained, default=256)
 
-# %% ../nbs/04_eval_mode_collapse.ipynb #cell-17
+# %% ../nbs/04_eval_mode_collapse.ipynb #cell-18
 def ask(
     cfg:EvalConfig, # Settings
     policy:Policy, # Who is asked
@@ -172,7 +172,7 @@ def ask(
         return [row for n,part in parts.items() for row in sample_prompts(model, tokenizer, part, reference, samples=n, batch=cfg.batch_size, dtype=dtype, **sizes)]
     return read_or_make(cfg.path('.cache/samples'), dict(sizes, weights=hashed, prompts=[[n,p['id']] for n,part in parts.items() for p in part], dtype=str(dtype), code=code_hash('policies')), sample)
 
-# %% ../nbs/04_eval_mode_collapse.ipynb #cell-18
+# %% ../nbs/04_eval_mode_collapse.ipynb #cell-19
 def gather_samples(
     cfg:EvalConfig, # Settings
     policies:list, # Who is evaluated
@@ -190,7 +190,7 @@ def gather_samples(
         return {step:ask(cfg, policy, start_path(folder, Path(folder), 'grpo'), prompts, ref if cfg.suite=='diversity' else '', tokens, ranks.device, dtype) for step,folder in found.items()}
     return [dict(row, policy=p.name, arm=p.arm, seed=p.seed, step=step) for p in policies for step,rows in sorted(steps(p).items()) for row in rows if row['prompt_id'] in wanted]
 
-# %% ../nbs/04_eval_mode_collapse.ipynb #cell-19
+# %% ../nbs/04_eval_mode_collapse.ipynb #cell-20
 def judge_samples(
     cfg:EvalConfig, # Settings
     samples:list, # From `gather_samples`
@@ -211,7 +211,7 @@ def judge_samples(
         found += [dict(row, **gold) for row,gold in zip(rows, read_or_make(cfg.path('.cache/gold'), key, read))]
     return found
 
-# %% ../nbs/04_eval_mode_collapse.ipynb #cell-21
+# %% ../nbs/04_eval_mode_collapse.ipynb #cell-22
 def embeds(
     cfg:EvalConfig, # Settings
     name:str, # Name of an embedder
@@ -220,7 +220,7 @@ def embeds(
     embedder = load_embedder(name, start_path(cfg.ref_path, cfg.path(cfg.ref_path), 'sft') if name=='lm' else '')
     return embedder.name,embedder.digest,lambda texts: embed_cached(embedder, texts, cfg.path('.cache/embeddings'))
 
-# %% ../nbs/04_eval_mode_collapse.ipynb #cell-22
+# %% ../nbs/04_eval_mode_collapse.ipynb #cell-23
 def write_diversity(
     cfg:EvalConfig, # Settings
     samples:list, # From `judge_samples`
@@ -248,7 +248,7 @@ def write_artefacts(
     show_rates(tables['rates'])
     return dict(embedders=[dict(name=name, digest=digest)], people=len(human))
 
-# %% ../nbs/04_eval_mode_collapse.ipynb #cell-23
+# %% ../nbs/04_eval_mode_collapse.ipynb #cell-24
 PROMPT_FIELDS = ('id','prompt','messages','log_density','count','src','meta','lang','kind','persona','neutral','constraints')
 
 def make_eval(

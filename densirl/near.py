@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['WIDTH', 'MULTIPLIERS', 'PERMUTATIONS', 'shingles', 'similarity', 'signature', 'band_rows', 'find', 'near_groups']
 
-# %% ../nbs/core/28_near.ipynb #cell-2
+# %% ../nbs/core/28_near.ipynb #cell-3
 import tempfile
 import numpy as np
 from .text import normalise
 
-# %% ../nbs/core/28_near.ipynb #cell-5
+# %% ../nbs/core/28_near.ipynb #cell-6
 WIDTH = 5
 MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5], np.uint64)
 
@@ -30,7 +30,7 @@ def similarity(
     both = len(np.intersect1d(shingles(a), shingles(b)))
     return both/(len(shingles(a))+len(shingles(b))-both)
 
-# %% ../nbs/core/28_near.ipynb #cell-8
+# %% ../nbs/core/28_near.ipynb #cell-9
 PERMUTATIONS = 128
 
 def signature(
@@ -49,7 +49,7 @@ def band_rows(
     found = lambda rows: 1-(1-threshold**rows)**(PERMUTATIONS//rows)
     return max((rows for rows in range(1, PERMUTATIONS+1) if found(rows)>=.99), default=1)
 
-# %% ../nbs/core/28_near.ipynb #cell-11
+# %% ../nbs/core/28_near.ipynb #cell-12
 def find(
     leader:np.ndarray, # Position → position of an earlier member, or itself
     i:int, # A position

@@ -6,14 +6,14 @@
 __all__ = ['GROUP', 'lifted', 'group_bests', 'look_through', 'true_distances', 'exact_neighbours', 'true_neighbours', 'reach',
            'share_found', 'main_directions', 'search_graph', 'approximate_neighbours', 'nearest_neighbours']
 
-# %% ../nbs/core/32_neighbours.ipynb #cell-2
+# %% ../nbs/core/32_neighbours.ipynb #cell-3
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 from .dist import thread_a_core
 from .models import compute_dtype
 
-# %% ../nbs/core/32_neighbours.ipynb #cell-7
+# %% ../nbs/core/32_neighbours.ipynb #cell-8
 GROUP = 32
 
 def lifted(
@@ -29,7 +29,7 @@ def lifted(
     left[len(rows):,-2],right[len(rows):,-1] = -1e30,-1e30
     return left,right
 
-# %% ../nbs/core/32_neighbours.ipynb #cell-9
+# %% ../nbs/core/32_neighbours.ipynb #cell-10
 def group_bests(
     left:torch.Tensor, # (n, width+2) from `lifted`, n a multiple of `block`
     right:torch.Tensor, # (n, width+2)
@@ -48,7 +48,7 @@ def group_bests(
     with thread_a_core() as pool: list(tqdm(pool.map(fill, range(n//block)), total=n//block, desc='neighbours', disable=n<20_000))
     return bests
 
-# %% ../nbs/core/32_neighbours.ipynb #cell-11
+# %% ../nbs/core/32_neighbours.ipynb #cell-12
 def look_through(
     left:torch.Tensor, # (n, width+2) from `lifted`, fp32
     right:torch.Tensor, # (n, width+2)
@@ -69,7 +69,7 @@ def look_through(
     indices = members.gather(1, best.indices)
     return true_distances(left, best.values, indices, start)
 
-# %% ../nbs/core/32_neighbours.ipynb #cell-12
+# %% ../nbs/core/32_neighbours.ipynb #cell-13
 def true_distances(
     left:torch.Tensor, # (n, width+2) from `lifted`, fp32
     products:torch.Tensor, # (rows, k) minus half the squared distances
@@ -85,7 +85,7 @@ def true_distances(
     distances,order = distances.sort(dim=1, stable=True)
     return distances,indices.gather(1, order)
 
-# %% ../nbs/core/32_neighbours.ipynb #cell-13
+# %% ../nbs/core/32_neighbours.ipynb #cell-14
 def exact_neighbours(
     vectors:np.ndarray, # (n, width)
     k:int=64, # Neighbours to find; n-1 when there are fewer
@@ -107,7 +107,7 @@ def exact_neighbours(
     with thread_a_core() as pool: list(pool.map(fill, range(0, n, 4096)))
     return distances,indices
 
-# %% ../nbs/core/32_neighbours.ipynb #cell-18
+# %% ../nbs/core/32_neighbours.ipynb #cell-19
 def true_neighbours(
     vectors:np.ndarray, # (n, width) float32
     rows:np.ndarray, # Positions of some rows
@@ -135,7 +135,7 @@ def share_found(
     "Recall on a few rows"
     return float(np.mean(distances[:,:k]<=reach(vectors, rows, k)))
 
-# %% ../nbs/core/32_neighbours.ipynb #cell-21
+# %% ../nbs/core/32_neighbours.ipynb #cell-22
 def main_directions(
     vectors:np.ndarray, # (n, width)
     width:int, # Directions to keep
@@ -145,7 +145,7 @@ def main_directions(
     directions = np.linalg.eigh(np.cov(sample.T))[1][:,-width:].astype(np.float32)
     return np.concatenate([part@directions for part in np.array_split(vectors, -(-len(vectors)//50_000))])
 
-# %% ../nbs/core/32_neighbours.ipynb #cell-23
+# %% ../nbs/core/32_neighbours.ipynb #cell-24
 def search_graph(
     graph, # FAISS index of the main directions of all rows
     main:np.ndarray, # (n, width kept) main directions
@@ -163,7 +163,7 @@ def search_graph(
     nearest = torch.cat(parts).masked_fill(own, torch.inf).topk(k, largest=False)
     return nearest.values.numpy(),kept.gather(1, nearest.indices).numpy()
 
-# %% ../nbs/core/32_neighbours.ipynb #cell-24
+# %% ../nbs/core/32_neighbours.ipynb #cell-25
 def approximate_neighbours(
     vectors:np.ndarray, # (n, width) float32
     k:int=64, # Neighbours to find, fewer than n
@@ -193,7 +193,7 @@ def approximate_neighbours(
     if lost: raise ValueError(f'The graph led {lost} of {n} rows to fewer than {k} others; raise --approximate_from above {n} to search exactly.')
     return distances,indices,share_found(vectors, check, distances[check], near)
 
-# %% ../nbs/core/32_neighbours.ipynb #cell-27
+# %% ../nbs/core/32_neighbours.ipynb #cell-28
 def nearest_neighbours(
     vectors:np.ndarray, # (n, width)
     k:int=64, # Neighbours to find; n-1 when there are fewer

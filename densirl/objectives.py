@@ -6,13 +6,13 @@
 __all__ = ['Variant', 'group_advantages', 'kl_estimate', 'exact_kl', 'steered', 'policy_ratio', 'token_losses', 'token_shares',
            'pairwise_loss', 'preference_loss']
 
-# %% ../nbs/core/31_objectives.ipynb #cell-2
+# %% ../nbs/core/31_objectives.ipynb #cell-3
 from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/core/31_objectives.ipynb #cell-5
+# %% ../nbs/core/31_objectives.ipynb #cell-6
 def group_advantages(
     rewards:Tensor, # (groups, G), one row per prompt
     how:Literal['std','centred','rloo']='std', # In standard deviations (arXiv:2402.03300), as they are (arXiv:2503.20783), or beside the others (arXiv:2402.14740)
@@ -23,7 +23,7 @@ def group_advantages(
     if how=='std': return centred/(rewards.std(-1, keepdim=True)+eps)
     return centred*size/(size-1) if how=='rloo' else centred
 
-# %% ../nbs/core/31_objectives.ipynb #cell-9
+# %% ../nbs/core/31_objectives.ipynb #cell-10
 def kl_estimate(
     logps:Tensor, # Log-probabilities of tokens under the policy
     ref_logps:Tensor, # The same under the reference
@@ -33,7 +33,7 @@ def kl_estimate(
     delta = ref_logps-logps
     return dict(k1=-delta, k2=delta.square()/2, k3=delta.exp()-delta-1)[how]
 
-# %% ../nbs/core/31_objectives.ipynb #cell-13
+# %% ../nbs/core/31_objectives.ipynb #cell-14
 def exact_kl(
     logits:Tensor, # (…, vocabulary) of the policy
     ref_logits:Tensor, # (…, vocabulary) of the reference
@@ -42,7 +42,7 @@ def exact_kl(
     logps,ref_logps = logits.float().log_softmax(-1),ref_logits.float().log_softmax(-1)
     return (logps.exp()*(logps-ref_logps)).sum(-1)
 
-# %% ../nbs/core/31_objectives.ipynb #cell-16
+# %% ../nbs/core/31_objectives.ipynb #cell-17
 def steered(
     beta:float, # Weight until now
     kl:float, # Distance that was found
@@ -52,7 +52,7 @@ def steered(
     "Raise the weight of the distance where it is too large, lower it where it is too small"
     return beta*(1+rate*max(-.2, min(.2, kl/target-1)))
 
-# %% ../nbs/core/31_objectives.ipynb #cell-19
+# %% ../nbs/core/31_objectives.ipynb #cell-20
 Variant = Literal['grpo','dr_grpo','dapo','gspo','cispo']
 
 def policy_ratio(
@@ -91,7 +91,7 @@ def token_shares(
     if variant in ('dapo','cispo'): return mask/max(tokens, 1)
     return mask/(completions*(longest if variant=='dr_grpo' else mask.sum(-1, keepdim=True).clamp(min=1)))
 
-# %% ../nbs/core/31_objectives.ipynb #cell-29
+# %% ../nbs/core/31_objectives.ipynb #cell-30
 def pairwise_loss(
     chosen:Tensor, # (pairs,) rewards of chosen completions, read from the policy's hidden states
     rejected:Tensor, # (pairs,) the same of rejected ones
@@ -102,7 +102,7 @@ def pairwise_loss(
     "The original note's objective, which is not GRPO"
     return (-F.logsigmoid(chosen-rejected)+beta*(chosen_kl+rejected_kl)/2).mean()
 
-# %% ../nbs/core/31_objectives.ipynb #cell-32
+# %% ../nbs/core/31_objectives.ipynb #cell-33
 def preference_loss(
     chosen:Tensor, # (pairs,) rewards of chosen completions
     rejected:Tensor, # (pairs,) rewards of rejected completions

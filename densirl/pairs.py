@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['encode_pairs', 'pair_lengths', 'length_parts', 'pass_tokens', 'pair_states', 'kept_states']
 
-# %% ../nbs/core/43_pairs.ipynb #cell-2
+# %% ../nbs/core/43_pairs.ipynb #cell-3
 import hashlib, json
 from pathlib import Path
 import torch
@@ -15,7 +15,7 @@ from .logps import compute_context, last_states, pack_groups
 from .models import encode_completion, encode_prompt, prompt_messages
 from .runs import code_hash
 
-# %% ../nbs/core/43_pairs.ipynb #cell-5
+# %% ../nbs/core/43_pairs.ipynb #cell-6
 def encode_pairs(
     pairs:list, # Records of `pairs_all.jsonl`
     tokenizer, # Tokenizer of the backbone
@@ -45,14 +45,14 @@ def length_parts(
         else: parts.append([row])
     return parts
 
-# %% ../nbs/core/43_pairs.ipynb #cell-8
+# %% ../nbs/core/43_pairs.ipynb #cell-9
 def pass_tokens(
     device:str, # Where the model is
 )->int: # Tokens, with padding
     "How much goes through a model at once at most"
     return 2048 if device=='cpu' else 2**40
 
-# %% ../nbs/core/43_pairs.ipynb #cell-10
+# %% ../nbs/core/43_pairs.ipynb #cell-11
 @torch.no_grad()
 def pair_states(
     model, # A reward model
@@ -69,7 +69,7 @@ def pair_states(
         with compute_context(dtype, device): states[part] = last_states(model, packed, model.config.pad_token_id).float().cpu()
     return states
 
-# %% ../nbs/core/43_pairs.ipynb #cell-11
+# %% ../nbs/core/43_pairs.ipynb #cell-12
 def kept_states(
     folder:Path, # Where states are kept
     model, # A reward model whose backbone does not learn

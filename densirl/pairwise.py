@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pairs_by_prompt', 'pairwise_update', 'pick_pairs']
 
-# %% ../nbs/core/54_pairwise.ipynb #cell-2
+# %% ../nbs/core/54_pairwise.ipynb #cell-3
 import numpy as np
 import torch
 from .dist import Ranks
@@ -18,7 +18,7 @@ from .sampler import rank_slice
 from .trainer import optimizer_step
 from .updates import Models, UpdateConfig
 
-# %% ../nbs/core/54_pairwise.ipynb #cell-5
+# %% ../nbs/core/54_pairwise.ipynb #cell-6
 def pairs_by_prompt(
     pairs:list, # Records of `pairs_all.jsonl`
 )->dict: # Prompt id → its pairs

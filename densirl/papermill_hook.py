@@ -6,12 +6,12 @@
 __all__ = ['TWO', 'ONE', 'NONE', 'ASKS', 'engine', 'split_args', 'output_name', 'output_path', 'add_output', 'is_papermill',
            'complete_call']
 
-# %% ../nbs/core/92_papermill_hook.ipynb #cell-2
+# %% ../nbs/core/92_papermill_hook.ipynb #cell-3
 import hashlib, os, re, sys
 from pathlib import Path
 from stat import S_ISFIFO
 
-# %% ../nbs/core/92_papermill_hook.ipynb #cell-6
+# %% ../nbs/core/92_papermill_hook.ipynb #cell-7
 TWO = {'-p', '--parameters', '-r', '--parameters_raw'} # A name and a value
 ONE = {'-f', '--parameters_file', '-y', '--parameters_yaml', '-b', '--parameters_base64'} # One word full of parameters
 NONE = {'--inject-input-path', '--inject-output-path', '--inject-paths', '--request-save-on-cell-execute',
@@ -19,7 +19,7 @@ NONE = {'--inject-input-path', '--inject-output-path', '--inject-paths', '--requ
         '--log-output', '--no-log-output', '--report-mode', '--no-report-mode'}
 ASKS = {'-h', '--help', '--help-notebook', '--version'} # Nothing is run
 
-# %% ../nbs/core/92_papermill_hook.ipynb #cell-7
+# %% ../nbs/core/92_papermill_hook.ipynb #cell-8
 def split_args(
     argv:list, # The words of the call, the program first
 )->tuple: # Positions of the paths in `argv`, and the parameters as words like `max_steps=2`
@@ -37,7 +37,7 @@ def split_args(
         else: paths.append(i); i += 1
     return paths,params
 
-# %% ../nbs/core/92_papermill_hook.ipynb #cell-11
+# %% ../nbs/core/92_papermill_hook.ipynb #cell-12
 def output_name(
     stem:str, # Name of the notebook, without `.ipynb`
     params:list, # Words like `density_aware=False`
@@ -50,7 +50,7 @@ def output_name(
         name = name.encode()[:longest].decode(errors='ignore')+'.'+hashlib.md5(full.encode()).hexdigest()[:8]
     return name+'.ipynb'
 
-# %% ../nbs/core/92_papermill_hook.ipynb #cell-14
+# %% ../nbs/core/92_papermill_hook.ipynb #cell-15
 def output_path(
     nb:Path, # The notebook to run
     params:list, # Words like `density_aware=False`
@@ -63,7 +63,7 @@ def output_path(
     if root/'nbs' in (folder, *folder.parents): raise ValueError(f'DENSIRL_RUNS={folder.name} lies among the sources')
     if folder!=nb.parent: return folder/output_name(nb.stem, params) # what already is a result stays untouched
 
-# %% ../nbs/core/92_papermill_hook.ipynb #cell-19
+# %% ../nbs/core/92_papermill_hook.ipynb #cell-20
 def add_output(
     argv:list, # The words of the call, the program first
     stdin_fifo:bool, # Standard input is a pipe
@@ -77,13 +77,13 @@ def add_output(
     out = output_path(nb, params) if nb.suffix=='.ipynb' and nb.is_file() else None
     return argv if out is None else [*argv[:paths[0]+1], os.path.relpath(out), *argv[paths[0]+1:]]
 
-# %% ../nbs/core/92_papermill_hook.ipynb #cell-25
+# %% ../nbs/core/92_papermill_hook.ipynb #cell-26
 def is_papermill()->bool: # Whether this process is the papermill command
     "True for `papermill …` and for `python -m papermill …`"
     return Path(sys.argv[0]).stem=='papermill' or (
         sys.argv[0]=='-m' and ('-m','papermill') in zip(sys.orig_argv, sys.orig_argv[1:]))
 
-# %% ../nbs/core/92_papermill_hook.ipynb #cell-26
+# %% ../nbs/core/92_papermill_hook.ipynb #cell-27
 def complete_call(
 )->None: # `sys.argv` is changed in place of a return value
     "Give papermill the output path its user left out, and make the folder for it"
@@ -94,6 +94,6 @@ def complete_call(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     sys.argv = argv
 
-# %% ../nbs/core/92_papermill_hook.ipynb #cell-27
+# %% ../nbs/core/92_papermill_hook.ipynb #cell-28
 engine = None # The entry point needs a name to load
 if is_papermill(): complete_call()

@@ -7,7 +7,7 @@ __all__ = ['FUNCTION', 'MARKS', 'PERSONS', 'SHAPE', 'STYLE', 'SENTENCE', 'FAR', 
            'persona_records', 'persona_prompts', 'standardised', 'fit_probe', 'held_out', 'between_share', 'control',
            'fidelity', 'consistency', 'leak', 'replace_share', 'heard_rows', 'rows_style', 'persona_facts']
 
-# %% ../nbs/core/39_personas.ipynb #cell-2
+# %% ../nbs/core/39_personas.ipynb #cell-3
 import importlib.resources, re
 from collections import Counter, defaultdict
 import numpy as np
@@ -16,7 +16,7 @@ from .lexical import WORD, first_words, words
 from .stats import grouped_interval
 from .text import prompt_id
 
-# %% ../nbs/core/39_personas.ipynb #cell-7
+# %% ../nbs/core/39_personas.ipynb #cell-8
 FUNCTION = tuple('''the a an and or but so if because although while when where which who what that this these there of in on at by for with from to into about as than
     is are was were be been have has had do can could will would should may might must not no all some any more most very just also only such then now'''.split())
 MARKS = {name:re.compile(pattern) for name,pattern in dict(
@@ -30,7 +30,7 @@ SHAPE = ('words','distinct','capital','shout','title','lower_start','sentence_me
 STYLE = FUNCTION+tuple(MARKS)+tuple(PERSONS)+SHAPE
 SENTENCE = re.compile(r'(?<=[.!?…。！？])\s+|\n+')
 
-# %% ../nbs/core/39_personas.ipynb #cell-8
+# %% ../nbs/core/39_personas.ipynb #cell-9
 def shape_features(
     text:str, # Beginning of a text
     most_words:int, # Words that it can have
@@ -57,7 +57,7 @@ def style_features(
     rates = [counts[w]/n for w in FUNCTION]+[len(mark.findall(text))/n for mark in MARKS.values()]+[sum(counts[w] for w in group)/n for group in PERSONS.values()]
     return np.sqrt(np.array(rates+shape_features(text, most_words), float))
 
-# %% ../nbs/core/39_personas.ipynb #cell-11
+# %% ../nbs/core/39_personas.ipynb #cell-12
 def persona_records(
     personas:list, # Records with `name` and `voice`, an instruction
     prompts:list, # Records with `prompt`
@@ -76,7 +76,7 @@ def persona_prompts(
     personas,neutral = (list(read_jsonl(importlib.resources.files('densirl')/f'prompts/{name}.jsonl')) for name in ('personas','neutral'))
     return persona_records(personas, [r for r in neutral if r['lang']=='en'][:n])
 
-# %% ../nbs/core/39_personas.ipynb #cell-14
+# %% ../nbs/core/39_personas.ipynb #cell-15
 FAR = 3. # Standard deviations
 
 def standardised(
@@ -97,7 +97,7 @@ def fit_probe(
     cut = FunctionTransformer(np.clip, kw_args=dict(a_min=-FAR, a_max=FAR))
     return make_pipeline(StandardScaler(), cut, LogisticRegression(C=.1, max_iter=2000)).fit(features, personas)
 
-# %% ../nbs/core/39_personas.ipynb #cell-17
+# %% ../nbs/core/39_personas.ipynb #cell-18
 def held_out(
     features:np.ndarray, # (texts, width)
     personas:np.ndarray, # (texts,) who wrote each
@@ -112,7 +112,7 @@ def held_out(
         found[fold] = fit_probe(features[rest], personas[rest]).predict(features[fold])
     return found
 
-# %% ../nbs/core/39_personas.ipynb #cell-20
+# %% ../nbs/core/39_personas.ipynb #cell-21
 def between_share(
     features:np.ndarray, # (texts, width)
     personas:np.ndarray, # (texts,) who wrote each
@@ -132,7 +132,7 @@ def between_share(
     total = between+within+noise
     return float(between/total) if total>1e-9 else 0. # Equal texts differ by rounding
 
-# %% ../nbs/core/39_personas.ipynb #cell-22
+# %% ../nbs/core/39_personas.ipynb #cell-23
 def control(
     features:np.ndarray, # (texts, width) from `style_features`
     personas:np.ndarray, # (texts,) who wrote each, at least two
@@ -142,7 +142,7 @@ def control(
     hits = held_out(features, personas, prompts, np.full(len(personas), True))==personas
     return dict(accuracy=grouped_interval(hits, prompts, bounds=(0.,1.)), chance=1/len(set(personas)), between=between_share(features, personas, prompts))
 
-# %% ../nbs/core/39_personas.ipynb #cell-25
+# %% ../nbs/core/39_personas.ipynb #cell-26
 def fidelity(
     reference_features:np.ndarray, # (texts, width) of the reference
     reference_personas:np.ndarray, # (texts,)
@@ -157,7 +157,7 @@ def fidelity(
     found = held_out(*map(np.concatenate, parts), np.arange(len(reference_personas)+len(personas))<len(reference_personas))[len(reference_personas):]
     return grouped_interval(found==personas, prompts, bounds=(0.,1.))
 
-# %% ../nbs/core/39_personas.ipynb #cell-28
+# %% ../nbs/core/39_personas.ipynb #cell-29
 def consistency(
     features:np.ndarray, # (texts, width) from `style_features`
     personas:np.ndarray, # (texts,) who wrote each
@@ -173,7 +173,7 @@ def consistency(
     if not len(within) or not len(between): return float('nan')
     return float(1-within.mean()/between.mean()) if between.any() else 0.
 
-# %% ../nbs/core/39_personas.ipynb #cell-31
+# %% ../nbs/core/39_personas.ipynb #cell-32
 def leak(
     probe, # From `fit_probe`; the same for all policies that are compared
     features:np.ndarray, # (texts, width) of completions without a persona, at least one
@@ -183,7 +183,7 @@ def leak(
     p = p[p>0]
     return float(np.clip(1+(p*np.log(p)).sum()/np.log(len(probe.classes_)), 0, 1))
 
-# %% ../nbs/core/39_personas.ipynb #cell-34
+# %% ../nbs/core/39_personas.ipynb #cell-35
 def replace_share(
     values:np.ndarray, # (prompts, personas, …) texts
     voice:np.ndarray, # Texts of one voice on the same prompts, of a shape that broadcasts to that of `values`
@@ -194,7 +194,7 @@ def replace_share(
     order = np.random.default_rng(seed).random(values.shape).argsort(0).argsort(0)
     return np.where(order<round(share*len(values)), voice, values)
 
-# %% ../nbs/core/39_personas.ipynb #cell-37
+# %% ../nbs/core/39_personas.ipynb #cell-38
 def heard_rows(
     rows:list, # Records with `persona` and `neutral`
 )->list: # Those with a persona, on prompts that have every persona

@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'SHOWN', 'make_inputs', 'Step', 'RunConfig', 'plan', 'expec
            'step_sizes', 'is_done', 'show_plan', 'Job', 'start', 'show_progress', 'last_words', 'finish',
            'side_by_side_jobs', 'run_all', 'main']
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-2
+# %% ../nbs/core/91_pipeline.ipynb #cell-3
 import os, re, subprocess, sys, time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,12 +29,12 @@ from .runs import read_log, up_to_date
 from .sft import SftConfig, train_sft
 from .trainer import duration
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-5
+# %% ../nbs/core/91_pipeline.ipynb #cell-6
 STAGES = dict(data=(DataConfig, make_data), prompts=(PromptsConfig, make_prompts), density=(DensityConfig, make_density),
     sft=(SftConfig, train_sft), rm=(RmConfig, train_rm), grpo=(GrpoConfig, train_grpo), eval=(EvalConfig, make_eval),
     compare=(CompareConfig, make_compare), report=(ReportConfig, make_report), chat=(ChatConfig, run_chat))
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-7
+# %% ../nbs/core/91_pipeline.ipynb #cell-8
 def make_inputs(
     cfg:StageConfig, # Settings of the stage that needs inputs
 )->None:
@@ -47,7 +47,7 @@ def make_inputs(
         if name=='rm': make(make_config(config, fold='gold', **given))
         if name=='grpo': make(make_config(config, density_aware=False, **given))
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-9
+# %% ../nbs/core/91_pipeline.ipynb #cell-10
 @dataclass(frozen=True)
 class Step:
     "One entry of the plan"
@@ -69,7 +69,7 @@ class RunConfig(StageConfig):
     dry_run:bool = where(False) # Say what would be done and how long it would take
     jobs:int = where(0) # Arms that train side by side; 0 decides by cores and memory
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-10
+# %% ../nbs/core/91_pipeline.ipynb #cell-11
 def plan(
     cfg:RunConfig, # Settings of the whole run
 )->list: # Steps in order
@@ -88,7 +88,7 @@ def plan(
         step('03_grpo.density_aware=False', '03_grpo', 'grpo', density_aware=False, **start),
         step('04_eval_mode_collapse', '04_eval_mode_collapse', 'eval', 'compare', 'report')]
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-13
+# %% ../nbs/core/91_pipeline.ipynb #cell-14
 def expected_tokens(
     cfg:StageConfig, # Settings of a stage
 )->tuple: # Tokens read forwards only, tokens read forwards and backwards
@@ -123,7 +123,7 @@ def expected_seconds(
     forward,both = expected_tokens(cfg)
     return 20+1.5*parameters*(2*forward+6*both)/(speed*1e9)
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-15
+# %% ../nbs/core/91_pipeline.ipynb #cell-16
 SHOWN = ('max_steps','batch_size','prompts_per_step','group_size','max_new_tokens','max_completion_tokens','demo_pairs','model')
 
 def step_sizes(
@@ -133,7 +133,7 @@ def step_sizes(
     first = step.configs[0]
     return ', '.join(f'{k} {getattr(first, k)}' for k in SHOWN if hasattr(first, k) and not (k=='demo_pairs' and 'demo' not in first.paths()))
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-16
+# %% ../nbs/core/91_pipeline.ipynb #cell-17
 def is_done(
     step:Step, # A step of the plan
     notebooks:Path, # Where executed notebooks are kept
@@ -143,7 +143,7 @@ def is_done(
     try: return all(up_to_date(c) for c in step.configs)
     except (FileNotFoundError, RuntimeError): return False
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-17
+# %% ../nbs/core/91_pipeline.ipynb #cell-18
 def show_plan(
     steps:list, # From `plan`
     notebooks:Path, # Where executed notebooks are kept
@@ -159,7 +159,7 @@ def show_plan(
         print(f'{step.name:<29} {"done" if done else duration(seconds):>8}  {step_sizes(step)}'.rstrip())
     print(f'about {total/60:.0f} minutes at {speed:.0f} GFLOP/s, one step at a time; longer while other programs run')
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-19
+# %% ../nbs/core/91_pipeline.ipynb #cell-20
 @dataclass
 class Job:
     "A step that is running"
@@ -188,7 +188,7 @@ def start(
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=repo_root())
     return Job(step, process, log, time.time())
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-20
+# %% ../nbs/core/91_pipeline.ipynb #cell-21
 def show_progress(
     job:Job, # A running step
 )->None:
@@ -207,7 +207,7 @@ def show_progress(
     bar = ('█'*(20*last['step']//last['of'])).ljust(20, '·')
     print(f'   {folder.name:<14} {bar} {last["step"]}/{last["of"]}  {text}  {duration(left)} left', flush=True)
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-23
+# %% ../nbs/core/91_pipeline.ipynb #cell-24
 def last_words(
     log:str, # What a process printed
     lines:int=15, # Lines to show where no error can be told
@@ -218,7 +218,7 @@ def last_words(
     found = said[errors[-1]:] if errors and len(said)-errors[-1]<=lines else said[-lines:]
     return '\n'.join(found)
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-25
+# %% ../nbs/core/91_pipeline.ipynb #cell-26
 def finish(
     jobs:list, # Running steps
 )->None:
@@ -239,7 +239,7 @@ def finish(
             raise RuntimeError(f'{job.step.name} failed: {last_words(job.log.read_text(errors="replace"))}\nAll of it is in {job.log}')
         print(f'{job.step.name}: done in {duration(time.time()-job.began)}', flush=True)
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-27
+# %% ../nbs/core/91_pipeline.ipynb #cell-28
 def side_by_side_jobs(
     asked:int, # What the user said; 0 leaves it to us
     cores:int, # Cores of this machine
@@ -249,7 +249,7 @@ def side_by_side_jobs(
     "How many arms train side by side"
     return asked or (2 if cores>=2 and gigabytes>=12 and gpus==0 else 1)
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-28
+# %% ../nbs/core/91_pipeline.ipynb #cell-29
 def run_all(
     cfg:RunConfig, # Settings of the whole run
 )->None:
@@ -273,7 +273,7 @@ def run_all(
     out = cfg.path('outs')
     print(f'finished in {duration(time.time()-began)}\nreport    {out/"report/report.html"}\nsummary   {out/"report/summary.json"}\nnotebooks {notebooks}')
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-29
+# %% ../nbs/core/91_pipeline.ipynb #cell-30
 def main()->None:
     "What `./run_all.sh` calls"
     cfg = cli_config(RunConfig, sys.argv[1:], './run_all.sh')
@@ -281,5 +281,5 @@ def main()->None:
     except KeyboardInterrupt: sys.exit('run_all: stopped; the same command goes on with the step that was running')
     except (FileNotFoundError, RuntimeError, ValueError) as error: sys.exit(f'run_all: {error}')
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-31
+# %% ../nbs/core/91_pipeline.ipynb #cell-32
 if __name__=='__main__' and '__file__' in globals(): main()

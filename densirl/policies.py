@@ -6,7 +6,7 @@
 __all__ = ['TOLD', 'AFTER_TRAINING', 'Policy', 'arm_name', 'from_run', 'find_runs', 'read_completions', 'with_looks',
            'weights_by_step', 'shared_prompts', 'prompt_uniforms', 'sample_prompts', 'gold_rewards', 'about_policy']
 
-# %% ../nbs/core/60_policies.ipynb #cell-2
+# %% ../nbs/core/60_policies.ipynb #cell-3
 import glob, re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from .rollout import completion_uniforms, generate
 from .runs import read_log, read_manifest
 from .text import prompt_id
 
-# %% ../nbs/core/60_policies.ipynb #cell-5
+# %% ../nbs/core/60_policies.ipynb #cell-6
 @dataclass(frozen=True)
 class Policy:
     "Somebody who completes prompts"
@@ -52,7 +52,7 @@ def from_run(
     if manifest.get('stage')!='grpo': return Policy(name, manifest.get('stage', name), manifest.get('config', {}).get('seed', 0), str(folder), manifest)
     return Policy(name, arm_name(manifest['config']), manifest['config']['seed'], str(folder), manifest)
 
-# %% ../nbs/core/60_policies.ipynb #cell-8
+# %% ../nbs/core/60_policies.ipynb #cell-9
 def find_runs(
     root:Path, # Folder that patterns start from
     patterns:tuple, # Patterns of run folders
@@ -65,7 +65,7 @@ def find_runs(
         found.update({f:from_run(Path(root)/f, f) for f in folders})
     return list(found.values())
 
-# %% ../nbs/core/60_policies.ipynb #cell-9
+# %% ../nbs/core/60_policies.ipynb #cell-10
 TOLD = ('reward','gold','kl','exact_kl','entropy','length','ended') # What a file may know about its completions
 
 def read_completions(
@@ -86,7 +86,7 @@ def read_completions(
     if not groups: raise ValueError(f'{path} holds no completions.')
     return [Policy(f'{model}' if seed==0 else f'{model} (seed {seed})', model, seed, ready=steps) for (model,seed),steps in groups.items()]
 
-# %% ../nbs/core/60_policies.ipynb #cell-10
+# %% ../nbs/core/60_policies.ipynb #cell-11
 def with_looks(
     policy:Policy, # One of our runs
 )->Policy: # The same, with the samples it left while it was trained
@@ -104,7 +104,7 @@ def weights_by_step(
     kept = {int(re.sub(r'\D', '', f.name)):str(f) for f in sorted(Path(policy.folder).glob('snapshots/step_*'))} if Path(policy.folder).is_dir() else {}
     return dict(sorted((kept|{last:policy.folder}).items()))
 
-# %% ../nbs/core/60_policies.ipynb #cell-13
+# %% ../nbs/core/60_policies.ipynb #cell-14
 def shared_prompts(
     policies:list, # At least one, with samples that are ready
 )->list: # Records with `id` and `prompt`
@@ -115,7 +115,7 @@ def shared_prompts(
     if not shared: raise ValueError('No prompt was completed by all policies; compare policies that were asked the same prompts.')
     return [named[0][name] for name in sorted(shared)]
 
-# %% ../nbs/core/60_policies.ipynb #cell-16
+# %% ../nbs/core/60_policies.ipynb #cell-17
 AFTER_TRAINING = 2**32 # Larger than any step whose random numbers training has used
 
 def prompt_uniforms(
@@ -159,7 +159,7 @@ def sample_prompts(
                 rows.append(dict(prompt_id=p['id'], sample=s, completion=tokenizer.decode(tokens, skip_special_tokens=True), length=len(tokens), ended=tokens[-1]==tokenizer.eos_token_id, **told))
     return rows
 
-# %% ../nbs/core/60_policies.ipynb #cell-19
+# %% ../nbs/core/60_policies.ipynb #cell-20
 @torch.no_grad()
 def gold_rewards(
     judge:Judge, # A reward model that no policy was trained against
@@ -187,7 +187,7 @@ def gold_rewards(
         for g,n in enumerate(part): rewards.update({i:found[g,s].item() for s,i in enumerate(by[n])})
     return [rewards[i] for i in range(len(rows))]
 
-# %% ../nbs/core/60_policies.ipynb #cell-22
+# %% ../nbs/core/60_policies.ipynb #cell-23
 def about_policy(
     policy:Policy, # Who was evaluated
     could:dict, # Prompt id → log density of the prompts it could have drawn

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['density_parts', 'balanced_prompts', 'prompt_records', 'open_prompts', 'spread']
 
-# %% ../nbs/core/57_prompt_sets.ipynb #cell-2
+# %% ../nbs/core/57_prompt_sets.ipynb #cell-3
 import importlib.resources
 from collections import defaultdict
 import numpy as np
 from .files import read_jsonl
 from .text import prompt_id
 
-# %% ../nbs/core/57_prompt_sets.ipynb #cell-5
+# %% ../nbs/core/57_prompt_sets.ipynb #cell-6
 def density_parts(
     log_density:dict, # Prompt id → log density
     parts:int=10, # How many parts of equal size
@@ -33,7 +33,7 @@ def balanced_prompts(
     while len(found)<min(n, len(prompts)): found += [queue.pop(0) for queue in queues.values() if queue][:n-len(found)]
     return sorted(found, key=lambda p:p['id'])
 
-# %% ../nbs/core/57_prompt_sets.ipynb #cell-8
+# %% ../nbs/core/57_prompt_sets.ipynb #cell-9
 def prompt_records(
     rows:list, # Records with `prompt`, perhaps with `id`
 )->list: # The same with the names that our prompts have, each name once
@@ -46,7 +46,7 @@ def open_prompts()->list: # Records with `id`, `prompt`, `kind`, `lang`
     "Our own open-ended prompts"
     return prompt_records(read_jsonl(importlib.resources.files('densirl')/'prompts/open.jsonl'))
 
-# %% ../nbs/core/57_prompt_sets.ipynb #cell-11
+# %% ../nbs/core/57_prompt_sets.ipynb #cell-12
 def spread(
     rows:list, # Records in the order of a file
     n:int, # Records to take, where there are more

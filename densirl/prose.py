@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['NOT_PROSE', 'SENTENCE', 'prose', 'Hit', 'find_hits', 'count_words', 'sentences']
 
-# %% ../nbs/core/29_prose.ipynb #cell-2
+# %% ../nbs/core/29_prose.ipynb #cell-3
 import re
 from functools import lru_cache
 from typing import NamedTuple
 from .lexical import words
 
-# %% ../nbs/core/29_prose.ipynb #cell-5
+# %% ../nbs/core/29_prose.ipynb #cell-6
 NOT_PROSE = tuple(re.compile(pattern, re.MULTILINE) for pattern in (
     r'^[ \t]*(?P<fence>`{3,}|~{3,})[^`\n]*\n[\s\S]*?(?:^[ \t]*(?P=fence)[`~]*[ \t]*$|\Z)', # Blocks of code
     r'<!--[\s\S]*?-->', r'</?[a-zA-Z][^<>\n]*>', # HTML
@@ -30,7 +30,7 @@ def prose(
     for pattern in NOT_PROSE: text = pattern.sub(lambda m: re.sub(r'[^\n]', ' ', m[0]), text)
     return text
 
-# %% ../nbs/core/29_prose.ipynb #cell-8
+# %% ../nbs/core/29_prose.ipynb #cell-9
 class Hit(NamedTuple):
     "Something found in a completion"
     kind:str # Which pattern
@@ -53,7 +53,7 @@ def count_words(
     "What a rate per thousand words is divided by"
     return len(words(prose(text)))
 
-# %% ../nbs/core/29_prose.ipynb #cell-11
+# %% ../nbs/core/29_prose.ipynb #cell-12
 SENTENCE = re.compile(r'[^.!?。！？\n]+(?:[.!?。！？]+["”’»)]*|$)', re.MULTILINE)
 
 def sentences(

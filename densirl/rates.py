@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FEWEST', 'by_prompt', 'influences', 'rate_interval', 'log_ratios', 'rate_ratio']
 
-# %% ../nbs/core/14_rates.ipynb #cell-2
+# %% ../nbs/core/14_rates.ipynb #cell-3
 import numpy as np
 from scipy import stats
 from .crossed import crossed_interval
 
-# %% ../nbs/core/14_rates.ipynb #cell-5
+# %% ../nbs/core/14_rates.ipynb #cell-6
 FEWEST = 80 # Events below which a rate is not estimable
 
 def by_prompt(
@@ -30,7 +30,7 @@ def influences(
     y,n = sum(table.values())
     return {prompt:(a-y/n*b)/y for prompt,(a,b) in table.items()}
 
-# %% ../nbs/core/14_rates.ipynb #cell-6
+# %% ../nbs/core/14_rates.ipynb #cell-7
 def rate_interval(
     table:dict, # From `by_prompt`
     per:float=1000., # Words that a rate is for
@@ -45,7 +45,7 @@ def rate_interval(
     half = row['high']-row['mean']
     return dict(rate=float(per*y/n), low=float(per*y/n*np.exp(-half)), high=float(per*y/n*np.exp(half)), **facts)
 
-# %% ../nbs/core/14_rates.ipynb #cell-10
+# %% ../nbs/core/14_rates.ipynb #cell-11
 def log_ratios(
     a:dict, # From `by_prompt`
     b:dict, # The same of whom it is compared with
@@ -57,7 +57,7 @@ def log_ratios(
     names,log = one.keys()|two.keys(),np.log(y/n)-np.log(z/m)
     return {k:log+len(names)*(one.get(k, 0)-two.get(k, 0)) for k in sorted(names, key=str)}
 
-# %% ../nbs/core/14_rates.ipynb #cell-11
+# %% ../nbs/core/14_rates.ipynb #cell-12
 def rate_ratio(
     *pairs, # From `by_prompt`: a table and the one that it is compared with, one pair a training seed
     level:float=.95, # Coverage

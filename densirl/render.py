@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fill_template']
 
-# %% ../nbs/core/28_render.ipynb #cell-4
+# %% ../nbs/core/28_render.ipynb #cell-5
 def fill_template(
     name:str, # File in `densirl/templates`
     **values, # What the template shows

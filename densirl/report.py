@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'NAMES', 'LABELS', 'DEMO', 'arm_label', 'interval_text', '
            'plot_curves', 'effect_rows', 'plot_intervals', 'side_by_side', 'ReportConfig', 'check_demo',
            'gather_summary', 'figure_data', 'render', 'report_figures', 'read_artefacts', 'make_report']
 
-# %% ../nbs/core/80_report.ipynb #cell-2
+# %% ../nbs/core/80_report.ipynb #cell-3
 import base64, io
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from .prompt_sets import spread
 from .render import fill_template
 from .runs import open_run, up_to_date
 
-# %% ../nbs/core/80_report.ipynb #cell-4
+# %% ../nbs/core/80_report.ipynb #cell-5
 COLOURS = dict(density='#0072B2', uniform='#D55E00', placebo='#777777', placebo_strata='#999999', pairs='#009E73', dense='#CC79A7')
 NAMES = dict(density='density-aware', uniform='uniform', placebo='placebo', placebo_strata='placebo within strata', pairs='by pairs', dense='dense favoured')
 LABELS = dict(diversity='diversity', diversity_body='diversity without opener', diversity_2='diversity, second embedder', effective_diversity='effective diversity', lexical_distance='lexical distance',
@@ -34,7 +34,7 @@ def arm_label(
     "What an arm is called in words"
     return NAMES.get(arm, arm)
 
-# %% ../nbs/core/80_report.ipynb #cell-6
+# %% ../nbs/core/80_report.ipynb #cell-7
 def interval_text(
     row:dict, # mean, low, high
     percent:bool=False, # Whether to say it in per cent
@@ -74,7 +74,7 @@ def headline(
     seeds = ['One training seed an arm: intervals speak of prompts, not of what another seed would do.'] if summary['estimates']['seeds']==1 else []
     return [verdict,effect_sentence(summary),*summary['why'],*seeds]
 
-# %% ../nbs/core/80_report.ipynb #cell-9
+# %% ../nbs/core/80_report.ipynb #cell-10
 def plot_curves(
     summary:dict, # From `compare.json`
     metrics:tuple, # What to draw, a row of panels each
@@ -100,7 +100,7 @@ def plot_curves(
     axes[0,0].legend(*zip(*dict(zip(labels, zip(handles, labels))).values()), frameon=False, fontsize=8)
     return fig
 
-# %% ../nbs/core/80_report.ipynb #cell-11
+# %% ../nbs/core/80_report.ipynb #cell-12
 def effect_rows(
     summary:dict, # From `compare.json`
 )->list: # Pairs of a name and mean, low, high
@@ -127,7 +127,7 @@ def plot_intervals(
     ax.spines[['top','right']].set_visible(False)
     return fig
 
-# %% ../nbs/core/80_report.ipynb #cell-14
+# %% ../nbs/core/80_report.ipynb #cell-15
 def side_by_side(
     samples:list, # From `samples.jsonl`
     prompts:list, # From `prompts.jsonl`
@@ -142,7 +142,7 @@ def side_by_side(
     def said(name, step, p): return firsts.get((name, step, p['id']), '')
     return [dict(prompt=p['prompt'], before=said(next(iter(names.values())), start, p), **{arm:said(name, last[name], p) for arm,name in names.items()}) for p in spread(ordered, n)]
 
-# %% ../nbs/core/80_report.ipynb #cell-17
+# %% ../nbs/core/80_report.ipynb #cell-18
 DEMO = dict(model='SmolLM2-135M-Instruct', embedder='all-MiniLM-L6-v2')
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class ReportConfig(StageConfig):
     def inputs(self): return dict(eval=self.eval_path, compare=self.compare_path, **(dict(artefacts=self.artefacts_path) if self.path(self.artefacts_path).exists() else {}))
     def outputs(self): return [self.out_path]
 
-# %% ../nbs/core/80_report.ipynb #cell-19
+# %% ../nbs/core/80_report.ipynb #cell-20
 def check_demo(
     used:dict, # What was used for what: names of embedders and models
     profile:str, # Profile of the run
@@ -168,7 +168,7 @@ def check_demo(
     wrong = [f'{k.replace("_", " ")} {used[k]} instead of {v}' for k,v in meant.items() if profile=='demo' and used[k]!=v]
     if wrong: raise ValueError(f'A demo run used {" and ".join(wrong)}; use --profile full for models of your own.')
 
-# %% ../nbs/core/80_report.ipynb #cell-21
+# %% ../nbs/core/80_report.ipynb #cell-22
 def gather_summary(
     cfg:ReportConfig, # Settings
 )->dict: # Everything the report says, as JSON
@@ -185,7 +185,7 @@ def gather_summary(
     return dict(summary, profile=cfg.profile, headline=headline(summary), prompts=found['prompts'], embedders=found['embedders'], evaluation=found['settings'], exact_kl=found['exact_kl'],
         across=[r for r in across if r['step'] in (0, last[r['policy']])], used=used, runs=runs, settings=first.get('config', {}), environment=first.get('environment', {}))
 
-# %% ../nbs/core/80_report.ipynb #cell-23
+# %% ../nbs/core/80_report.ipynb #cell-24
 def figure_data(
     figure, # A matplotlib figure
 )->str: # A data URI
@@ -216,7 +216,7 @@ def report_figures(
     if groups: shown.append(('By density and language', plot_intervals(groups, f'{unit}, at equal KL where curves overlap'), 'The same gap on parts of the prompts, from the rarest to the most crowded; in brackets how many, parts of fewer than five left out. It describes and decides nothing.'))
     return [dict(title=title, text=text, image=figure_data(figure)) for title,figure,text in shown]
 
-# %% ../nbs/core/80_report.ipynb #cell-24
+# %% ../nbs/core/80_report.ipynb #cell-25
 def read_artefacts(
     folder:Path, # Of an evaluation with the suite artefacts, perhaps not there
     policies:list, # Of `eval.json` of the evaluation that is compared
@@ -232,7 +232,7 @@ def read_artefacts(
         return {}
     return dict(tables=read_json(folder/'artefacts.json'), examples=marked_examples(*(list(read_jsonl(folder/f'{name}.jsonl')) for name in ('samples','prompts'))))
 
-# %% ../nbs/core/80_report.ipynb #cell-25
+# %% ../nbs/core/80_report.ipynb #cell-26
 def make_report(
     cfg:ReportConfig, # Settings
 )->Path: # The folder of the report

@@ -6,7 +6,7 @@
 __all__ = ['Judge', 'load_judge', 'score_groups', 'Rewards', 'named_function', 'source_weights', 'source_files', 'load_rewards',
            'function_rewards', 'all_rewards']
 
-# %% ../nbs/core/50_rewards.ipynb #cell-2
+# %% ../nbs/core/50_rewards.ipynb #cell-3
 import importlib, inspect, sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .logps import Packed, completion_rewards, compute_context
 from .models import load_reward_model, load_tokenizer
 from .objectives import group_advantages
 
-# %% ../nbs/core/50_rewards.ipynb #cell-4
+# %% ../nbs/core/50_rewards.ipynb #cell-5
 @dataclass(frozen=True)
 class Judge:
     "A reward model and how its heads become one reward"
@@ -62,7 +62,7 @@ def score_groups(
         raise FloatingPointError('The reward model gave a reward that is not a number; train it again with a lower --learning_rate.')
     return rewards
 
-# %% ../nbs/core/50_rewards.ipynb #cell-8
+# %% ../nbs/core/50_rewards.ipynb #cell-9
 @dataclass(frozen=True)
 class Rewards:
     "What a completion is worth, from several sources"

@@ -6,7 +6,7 @@
 __all__ = ['SMALLER', 'RmConfig', 'pair_aspects', 'rm_heads', 'Lessons', 'part_rewards', 'add_gradients', 'step_metrics',
            'held_out_rewards', 'model_card', 'make_lessons', 'rm_steps', 'write_rm', 'proxy_and_held_out', 'train_rm']
 
-# %% ../nbs/02_rm.ipynb #cell-5
+# %% ../nbs/02_rm.ipynb #cell-6
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from .sampler import epoch_batches, rank_slice
 from .sft import agreed_dtype, skip_stage
 from .trainer import Progress, make_optimizer, memory_help, optimizer_step, resume_training, save_training
 
-# %% ../nbs/02_rm.ipynb #cell-10
+# %% ../nbs/02_rm.ipynb #cell-11
 @dataclass(frozen=True)
 class RmConfig(ArmConfig):
     "Train a reward model on preference pairs"
@@ -63,7 +63,7 @@ class RmConfig(ArmConfig):
     def inputs(self): return dict(pairs=self.pairs_path, **self.arm_inputs(), **model_input(self.sft_ckpt_path, 'sft'))
     def outputs(self): return [self.out_path or ('outs/rm' if self.fold=='proxy' else 'outs/rm_gold')]
 
-# %% ../nbs/02_rm.ipynb #cell-13
+# %% ../nbs/02_rm.ipynb #cell-14
 def pair_aspects(
     cfg:RmConfig, # Settings
     pairs:list, # Records of `pairs_all.jsonl`
@@ -78,7 +78,7 @@ def rm_heads(
     "The heads that these pairs ask for"
     return head_names(sorted(set(pair_aspects(cfg, pairs))), cfg.ensemble)
 
-# %% ../nbs/02_rm.ipynb #cell-15
+# %% ../nbs/02_rm.ipynb #cell-16
 @dataclass(frozen=True)
 class Lessons:
     "What a reward model learns from"
@@ -128,7 +128,7 @@ def step_metrics(
     if not plain<50: raise FloatingPointError(f'The loss is {plain:.3g}; lower --learning_rate. The last checkpoint, if there is one, is as it was.')
     return dict(loss=weighted, log_loss=plain, accuracy=accuracy)
 
-# %% ../nbs/02_rm.ipynb #cell-17
+# %% ../nbs/02_rm.ipynb #cell-18
 def held_out_rewards(
     model, # A reward model
     encoded:list, # Held-out pairs, from `encode_pairs`
@@ -141,7 +141,7 @@ def held_out_rewards(
     with torch.no_grad(): mine = rewards_of(model, states.to(ranks.device)).cpu().numpy()
     return in_turn(gather(mine, ranks))
 
-# %% ../nbs/02_rm.ipynb #cell-19
+# %% ../nbs/02_rm.ipynb #cell-20
 def model_card(
     cfg:RmConfig, # Settings
     facts:dict, # From the manifest
@@ -155,7 +155,7 @@ def model_card(
         f'Held-out log-loss {loss["mean"]:.3f}, 95 % interval {loss["low"]:.3f} to {loss["high"]:.3f}; knowing nothing has .693. One training seed.', '',
         '```json', json.dumps(science(cfg), indent=1), '```', ''])
 
-# %% ../nbs/02_rm.ipynb #cell-20
+# %% ../nbs/02_rm.ipynb #cell-21
 def make_lessons(
     cfg:RmConfig, # Settings
     model, # A reward model
@@ -174,7 +174,7 @@ def make_lessons(
     lengths = [1 if len(states) else n for n in pair_lengths(encoded)]
     return Lessons(encoded, lengths, weights, states),None if cfg.density_by=='loss' else probs
 
-# %% ../nbs/02_rm.ipynb #cell-21
+# %% ../nbs/02_rm.ipynb #cell-22
 def rm_steps(
     cfg:RmConfig, # Settings
     model, # A reward model
@@ -203,7 +203,7 @@ def write_rm(
     save_model(model, tokenizer, out, name=facts['model'])
     with atomic(out/'README.md') as file: file.write(model_card(cfg, facts))
 
-# %% ../nbs/02_rm.ipynb #cell-22
+# %% ../nbs/02_rm.ipynb #cell-23
 def proxy_and_held_out(
     cfg:RmConfig, # Settings
 )->tuple: # Pairs to learn from, and pairs to be judged by

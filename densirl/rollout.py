@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['WORTH', 'completion_uniforms', 'pick_tokens', 'Writing', 'generate', 'sampling_copy', 'refresh_']
 
-# %% ../nbs/core/30_rollout.ipynb #cell-2
+# %% ../nbs/core/30_rollout.ipynb #cell-3
 import copy
 import numpy as np
 import torch
 from torch import Tensor
 from .decode import laying_out, make_reader
 
-# %% ../nbs/core/30_rollout.ipynb #cell-5
+# %% ../nbs/core/30_rollout.ipynb #cell-6
 def completion_uniforms(
     seed:int, # Seed of the run
     step:int, # Step of the run
@@ -33,7 +33,7 @@ def pick_tokens(
     edges = (logits.float()/temperature).softmax(-1).cumsum(-1)
     return torch.searchsorted(edges, uniform[:,None].to(edges)*edges[:,-1:]).squeeze(-1).clamp(max=logits.shape[-1]-1)
 
-# %% ../nbs/core/30_rollout.ipynb #cell-9
+# %% ../nbs/core/30_rollout.ipynb #cell-10
 class Writing:
     "Completions that are being written"
     def __init__(self,
@@ -74,7 +74,7 @@ class Writing:
         def until_end(row): return row[:row.index(self.eos)+1] if self.eos in row else row
         return [[until_end(row) for row in group] for group in self.text.unflatten(0, self.shape).tolist()]
 
-# %% ../nbs/core/30_rollout.ipynb #cell-12
+# %% ../nbs/core/30_rollout.ipynb #cell-13
 WORTH = 8 # Tokens that laying weights out for a number of rows must serve
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def generate(
             logits = reader.read(new)
     return writing.completions()
 
-# %% ../nbs/core/30_rollout.ipynb #cell-16
+# %% ../nbs/core/30_rollout.ipynb #cell-17
 def sampling_copy(
     model, # The policy, in fp32
     dtype:torch.dtype, # Precision to sample in

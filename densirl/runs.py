@@ -7,7 +7,7 @@ __all__ = ['PACKAGE_DATA', 'module_imports', 'code_hash', 'is_file_name', 'manif
            'input_hash', 'run_key', 'up_to_date', 'Run', 'checkpoint_home', 'environment', 'make_room', 'git',
            'registered', 'is_committed', 'alone', 'open_run', 'read_log']
 
-# %% ../nbs/core/10_runs.ipynb #cell-2
+# %% ../nbs/core/10_runs.ipynb #cell-3
 import ast, fcntl, importlib.metadata, json, os, platform, shutil, subprocess, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ import densirl
 from .config import StageConfig, digest, science
 from .files import MADE_BY, WHAT, file_hash, need, raise_if_full, read_json, read_jsonl, remove_halves, text_hash, write_json
 
-# %% ../nbs/core/10_runs.ipynb #cell-5
+# %% ../nbs/core/10_runs.ipynb #cell-6
 PACKAGE_DATA = dict(corpus='phrases', slop='phrases', prompt_sets='prompts', personas='prompts', calibration='sentences', render='templates') # Module → folder of texts that it reads
 
 def module_imports(
@@ -37,7 +37,7 @@ def code_hash(
         todo |= module_imports(tree)-seen.keys()
     return text_hash(json.dumps(seen, sort_keys=True))[:12]
 
-# %% ../nbs/core/10_runs.ipynb #cell-8
+# %% ../nbs/core/10_runs.ipynb #cell-9
 def is_file_name(
     out:Path, # First output of a stage
 )->bool: # Whether it is a file; a run folder may have a dot in its name
@@ -59,7 +59,7 @@ def content_hashes(
     return {n.as_posix():file_hash(f) for n,f in listed.items()
             if f.is_file() and n.name not in ('manifest.json','metrics.jsonl') and n.parts[0] not in ('tb','checkpoint','snapshots')}
 
-# %% ../nbs/core/10_runs.ipynb #cell-11
+# %% ../nbs/core/10_runs.ipynb #cell-12
 def read_manifest(
     out:Path, # Run folder, or the first file a stage wrote
 )->dict: # The manifest, empty when there is none
@@ -82,7 +82,7 @@ def input_hash(
     if moved: raise RuntimeError(f'{moved[0]} in {path} has changed since its run; run `{MADE_BY[kind]} --force`, or give another path.')
     return text_hash(json.dumps(hashes, sort_keys=True))
 
-# %% ../nbs/core/10_runs.ipynb #cell-13
+# %% ../nbs/core/10_runs.ipynb #cell-14
 def run_key(
     cfg:StageConfig, # Settings of a run
 )->dict: # What decides its outcome
@@ -101,7 +101,7 @@ def up_to_date(
     if any(manifest[k]!=v for k,v in run_key(cfg).items()): return False
     return content_hashes(outputs)==manifest['outputs']
 
-# %% ../nbs/core/10_runs.ipynb #cell-15
+# %% ../nbs/core/10_runs.ipynb #cell-16
 class Run:
     "An open run: where it writes, what it logs, what it found out"
     def __init__(self,
@@ -136,14 +136,14 @@ class Run:
             elif file.stat().st_size<sizes[file.name]: raise ValueError(f'{file} is shorter than at the last checkpoint; remove the run, or begin again with --force.')
             else: os.truncate(file, sizes[file.name])
 
-# %% ../nbs/core/10_runs.ipynb #cell-17
+# %% ../nbs/core/10_runs.ipynb #cell-18
 def checkpoint_home(
     folder:Path, # Run folder
 )->Path: # Where its checkpoints lie
     "Checkpoints live in the run's folder until the run is complete"
     return Path(folder)/'checkpoint'
 
-# %% ../nbs/core/10_runs.ipynb #cell-18
+# %% ../nbs/core/10_runs.ipynb #cell-19
 def environment()->dict: # Names and versions
     "What a result may depend on besides the code"
     packages = ('torch','transformers','numpy','scikit-learn')
@@ -169,7 +169,7 @@ def make_room(
     if fate=='gone': shutil.rmtree(kept)
     else: print(f'{Path(out).name} held a {"run half done" if halfway else "complete run"} of profile {known.get("profile")} ({known["digest"]}); it is kept as {kept.name}', flush=True)
 
-# %% ../nbs/core/10_runs.ipynb #cell-20
+# %% ../nbs/core/10_runs.ipynb #cell-21
 def git(
     path:Path, # File of a repository
     *words, # Command and options
@@ -193,7 +193,7 @@ def is_committed(
     found = git(path, 'show', f'{commit}:./{Path(path).name}')
     return found.returncode==0 and found.stdout==Path(path).read_bytes()
 
-# %% ../nbs/core/10_runs.ipynb #cell-23
+# %% ../nbs/core/10_runs.ipynb #cell-24
 @contextmanager
 def alone(
     out:Path, # Run folder
@@ -210,7 +210,7 @@ def alone(
         try: yield
         finally: lock.unlink()
 
-# %% ../nbs/core/10_runs.ipynb #cell-25
+# %% ../nbs/core/10_runs.ipynb #cell-26
 @contextmanager
 def open_run(
     cfg:StageConfig, # Settings of the run
@@ -238,7 +238,7 @@ def open_run(
         write_json(manifest_path(out), dict(manifest, facts=run.facts, outputs=content_hashes(outputs), seconds=round(time.time()-began, 1), status='complete'))
         if not is_file_name(out) and checkpoint_home(out).exists(): shutil.rmtree(checkpoint_home(out))
 
-# %% ../nbs/core/10_runs.ipynb #cell-31
+# %% ../nbs/core/10_runs.ipynb #cell-32
 def read_log(
     folder:Path, # Run folder
     name:str='metrics', # 'metrics' or 'samples'

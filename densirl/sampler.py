@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BLOCKS', 'Sampler', 'rank_slice', 'epoch_batches']
 
-# %% ../nbs/core/13_sampler.ipynb #cell-2
+# %% ../nbs/core/13_sampler.ipynb #cell-3
 import hashlib
 from typing import Literal
 import numpy as np
 from fastcore.basics import patch
 from .weights import capped
 
-# %% ../nbs/core/13_sampler.ipynb #cell-7
+# %% ../nbs/core/13_sampler.ipynb #cell-8
 BLOCKS = 4096
 
 class Sampler:
@@ -44,7 +44,7 @@ class Sampler:
         self.blocks = np.diff(self.ends[last], prepend=0.)
         self.starts = self.ends[last]-self.blocks
 
-# %% ../nbs/core/13_sampler.ipynb #cell-8
+# %% ../nbs/core/13_sampler.ipynb #cell-9
 @patch
 def draw(self:Sampler,
     step:int, # Step of the run
@@ -68,7 +68,7 @@ def comb(self:Sampler,
     found = np.searchsorted(self.ends, self.starts[order[at]]+inside, side='right')
     return self.order[np.minimum(found, len(self.probs)-1)]
 
-# %% ../nbs/core/13_sampler.ipynb #cell-10
+# %% ../nbs/core/13_sampler.ipynb #cell-11
 @patch
 def throws(self:Sampler,
     rng:np.random.Generator, # Chance of this draw
@@ -91,7 +91,7 @@ def hits(self:Sampler,
     "Which prompts lie at these places"
     return np.minimum(np.searchsorted(self.ends, places*self.ends[-1], side='right'), len(self.probs)-1)
 
-# %% ../nbs/core/13_sampler.ipynb #cell-18
+# %% ../nbs/core/13_sampler.ipynb #cell-19
 @patch
 def __iter__(self:Sampler): return self
 
@@ -116,7 +116,7 @@ def load_state_dict(self:Sampler,
             'exponent, seed or the size of a draw have changed; restore them, or start a new run.')
     self.step = state['step']
 
-# %% ../nbs/core/13_sampler.ipynb #cell-21
+# %% ../nbs/core/13_sampler.ipynb #cell-22
 def rank_slice(
     items, # The global draw, in order
     rank:int, # This rank, from 0
@@ -126,7 +126,7 @@ def rank_slice(
     if len(items)%world: raise ValueError(f'{len(items)} prompts a step cannot be shared by {world} ranks; give a multiple of {world}.')
     return items[rank::world]
 
-# %% ../nbs/core/13_sampler.ipynb #cell-24
+# %% ../nbs/core/13_sampler.ipynb #cell-25
 def epoch_batches(
     n:int, # Items
     size:int, # Items a step

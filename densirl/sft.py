@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SftConfig', 'sft_loss', 'start_folder', 'agreed_dtype', 'skip_stage', 'train_sft']
 
-# %% ../nbs/core/45_sft.ipynb #cell-2
+# %% ../nbs/core/45_sft.ipynb #cell-3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -21,7 +21,7 @@ from .runs import open_run, up_to_date
 from .sampler import epoch_batches, rank_slice
 from .trainer import Progress, make_optimizer, optimizer_step
 
-# %% ../nbs/core/45_sft.ipynb #cell-4
+# %% ../nbs/core/45_sft.ipynb #cell-5
 @dataclass(frozen=True)
 class SftConfig(StageConfig):
     "Fine-tune a chat model on chosen completions"
@@ -44,7 +44,7 @@ class SftConfig(StageConfig):
     def inputs(self): return dict(pairs=self.pairs_path, prompts=self.prompts_path, **model_input(self.model, 'source'))
     def outputs(self): return [self.out_path]
 
-# %% ../nbs/core/45_sft.ipynb #cell-6
+# %% ../nbs/core/45_sft.ipynb #cell-7
 def sft_loss(
     model, # A causal language model
     packed, # `Packed` groups of one completion each
@@ -54,7 +54,7 @@ def sft_loss(
     logps = token_facts(model, packed).logps
     return -logps.sum()/tokens
 
-# %% ../nbs/core/45_sft.ipynb #cell-9
+# %% ../nbs/core/45_sft.ipynb #cell-10
 def start_folder(
     cfg:SftConfig, # Settings
     pairs:list, # Pairs, whose words make the vocabulary of the tiny model
@@ -86,7 +86,7 @@ def skip_stage(
     "Whether there is nothing to do, as the main rank sees it"
     return gather(up_to_date(cfg) if ranks.main else None, ranks)[0]
 
-# %% ../nbs/core/45_sft.ipynb #cell-10
+# %% ../nbs/core/45_sft.ipynb #cell-11
 def train_sft(
     cfg:SftConfig, # Settings
 )->Path: # The run folder

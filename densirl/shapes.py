@@ -7,11 +7,11 @@ __all__ = ['SPEAKER', 'SHAPE', 'read_transcript', 'readable', 'pair_of_chats', '
            'from_hh', 'from_messages', 'from_texts', 'from_sharegpt', 'scored_answers', 'markdown', 'from_answers',
            'pairs_by_shape', 'finish_pair']
 
-# %% ../nbs/core/26_shapes.ipynb #cell-2
+# %% ../nbs/core/26_shapes.ipynb #cell-3
 import re
 from .text import pair_id
 
-# %% ../nbs/core/26_shapes.ipynb #cell-5
+# %% ../nbs/core/26_shapes.ipynb #cell-6
 SPEAKER = dict(Human='user', Assistant='assistant')
 
 def read_transcript(
@@ -22,7 +22,7 @@ def read_transcript(
     if before.strip(): return []
     return [dict(role=SPEAKER[who], content=said.removeprefix(' ')) for who,said in zip(parts[::2], parts[1::2])]
 
-# %% ../nbs/core/26_shapes.ipynb #cell-8
+# %% ../nbs/core/26_shapes.ipynb #cell-9
 def readable(
     messages:list, # Chat messages that end with the user
 )->str: # The user's words alone if there is one turn, otherwise turns with their speakers
@@ -42,7 +42,7 @@ def pair_of_chats(
     pair = dict(prompt=readable(chosen[:-1]), chosen=chosen[-1]['content'], rejected=rejected[-1]['content'])
     return dict(pair, messages=chosen[:-1]) if len(chosen)>2 else pair
 
-# %% ../nbs/core/26_shapes.ipynb #cell-11
+# %% ../nbs/core/26_shapes.ipynb #cell-12
 def text_of(
     row:dict, # A row, or a message
     key:str, # Its field
@@ -70,7 +70,7 @@ def messages_of(
     "A field that must be a list of chat messages"
     return [dict(role=text_of(m, 'role'), content=text_of(m, 'content')) for m in list_of(row, key)]
 
-# %% ../nbs/core/26_shapes.ipynb #cell-14
+# %% ../nbs/core/26_shapes.ipynb #cell-15
 SHAPE = {'id','prompt','prompt_id','chosen','rejected','src','messages','meta','conversations','system'}
 
 def rest_of(
@@ -108,7 +108,7 @@ def from_texts(
         pair['prompt'] = readable(kept['messages'])
     return pair | kept | rest_of(row)
 
-# %% ../nbs/core/26_shapes.ipynb #cell-15
+# %% ../nbs/core/26_shapes.ipynb #cell-16
 def from_sharegpt(
     row:dict, # With conversations, chosen and rejected, whose messages have `from` and `value`
 ): # A pair, or the reason why there is none
@@ -125,7 +125,7 @@ def from_sharegpt(
     pair = pair_of_chats(before+[message(row['chosen'])], before+[message(row['rejected'])])
     return pair if isinstance(pair, str) else pair | rest_of(row)
 
-# %% ../nbs/core/26_shapes.ipynb #cell-18
+# %% ../nbs/core/26_shapes.ipynb #cell-19
 def scored_answers(
     row:dict, # Of HuggingFaceH4/stack-exchange-preferences
     every:bool=False, # All pairs of unequal scores instead of best against worst
@@ -137,7 +137,7 @@ def scored_answers(
     pairs = [(a,b) for i,a in enumerate(ranked) for b in ranked[i+1:] if a['pm_score']>b['pm_score']]
     return pairs if every or not pairs else [(ranked[0],ranked[-1])]
 
-# %% ../nbs/core/26_shapes.ipynb #cell-21
+# %% ../nbs/core/26_shapes.ipynb #cell-22
 def markdown(
     html:str, # As Stack Exchange publishes it
 )->str: # The same as Markdown, with code, lists and links
@@ -161,7 +161,7 @@ def from_answers(
     meta = dict(margin=better['pm_score']-worse['pm_score'], authors=authors, qid=row.get('qid'), date=row.get('date'), source=row.get('metadata'))
     return dict(prompt=markdown(text_of(row, 'question')), chosen=markdown(text_of(better, 'text')), rejected=markdown(text_of(worse, 'text')), meta=meta)
 
-# %% ../nbs/core/26_shapes.ipynb #cell-24
+# %% ../nbs/core/26_shapes.ipynb #cell-25
 def pairs_by_shape(
     row:dict, # A row of any shape above
     every:bool=False, # For scored answers: all pairs of unequal scores
@@ -174,7 +174,7 @@ def pairs_by_shape(
     if 'prompt' not in row and str(row.get('chosen', '')).startswith('\n\nHuman:'): return [from_hh(row)]
     return [from_texts(row)]
 
-# %% ../nbs/core/26_shapes.ipynb #cell-27
+# %% ../nbs/core/26_shapes.ipynb #cell-28
 def finish_pair(
     pair:dict, # prompt, chosen, rejected, perhaps messages, src and meta
     src:str, # Name of the source

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['World', 'fractions', 'diversity_at', 'simulated_run', 'simulated_study']
 
-# %% ../nbs/core/18_simulate.ipynb #cell-2
+# %% ../nbs/core/18_simulate.ipynb #cell-3
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 import numpy as np
 from .curves import Curve, Study
 
-# %% ../nbs/core/18_simulate.ipynb #cell-5
+# %% ../nbs/core/18_simulate.ipynb #cell-6
 @dataclass(frozen=True)
 class World:
     "What is true of a made-up study. Noise and spread are near what eight completions a prompt of a small model show; the rest are round numbers"
@@ -35,7 +35,7 @@ class World:
     arm_sd:float = .05 # Standard deviation over prompts of what an arm does to a prompt
     seed_sd:float = .005 # Standard deviation over seeds of what a seed does to an arm
 
-# %% ../nbs/core/18_simulate.ipynb #cell-6
+# %% ../nbs/core/18_simulate.ipynb #cell-7
 def fractions(
     world:World, # What is true
     rng:np.random.Generator, # Chance
@@ -54,7 +54,7 @@ def diversity_at(
     rise = .15*np.sin(np.pi*np.minimum(far/.4, 1)) if world.shape=='bump' else 0.
     return 1-world.depth*(1-np.exp(-2.5*far))+rise*(world.depth>0)
 
-# %% ../nbs/core/18_simulate.ipynb #cell-9
+# %% ../nbs/core/18_simulate.ipynb #cell-10
 def simulated_run(
     world:World, # What is true
     rng:np.random.Generator, # Chance

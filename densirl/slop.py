@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['slop_pattern', 'slop_hits', 'terms', 'over_use', 'half_of', 'learned_slop']
 
-# %% ../nbs/core/35_slop.ipynb #cell-2
+# %% ../nbs/core/35_slop.ipynb #cell-3
 import importlib.resources, json, re
 from collections import Counter
 from functools import cache
@@ -16,7 +16,7 @@ from .prose import count_words, find_hits, prose
 from .rates import by_prompt, rate_ratio
 from .text import prompt_id
 
-# %% ../nbs/core/35_slop.ipynb #cell-5
+# %% ../nbs/core/35_slop.ipynb #cell-6
 @cache
 def slop_pattern()->re.Pattern:
     "The list as one pattern, longer entries first"
@@ -30,7 +30,7 @@ def slop_hits(
     "The listed words and phrases in the prose of a completion"
     return find_hits(completion, dict(slop=slop_pattern()))
 
-# %% ../nbs/core/35_slop.ipynb #cell-8
+# %% ../nbs/core/35_slop.ipynb #cell-9
 def terms(
     text:str, # A completion
 )->Counter: # Words, and pairs of neighbours, with how often they occur
@@ -53,7 +53,7 @@ def over_use(
     rise = np.log(have[0]/lack[0])-np.log(have[1]/lack[1])
     return dict(zip(names, (rise/np.sqrt(sum(1/x for x in have+lack))).tolist()))
 
-# %% ../nbs/core/35_slop.ipynb #cell-11
+# %% ../nbs/core/35_slop.ipynb #cell-12
 def half_of(
     prompt:str, # Name of a prompt
 )->int: # 0 or 1

@@ -8,7 +8,7 @@ __all__ = ['DATA_FILE', 'SPLIT', 'CHUNK', 'ROWS', 'BYTES', 'PROCESSES', 'HUB', '
            'sample', 'unit_pair', 'outcome', 'outcomes', 'blocks_of', 'spread', 'hub_set', 'hub_revision', 'hub_items',
            'visit', 'row_group', 'streamed']
 
-# %% ../nbs/core/27_sources.ipynb #cell-2
+# %% ../nbs/core/27_sources.ipynb #cell-3
 import codecs, json, re
 from collections import deque
 from itertools import chain, islice
@@ -18,7 +18,7 @@ from .files import BROKEN, json_line, open_bytes, parse_line, read_jsonl, read_l
 from .shapes import finish_pair, from_answers, from_hh, from_messages, pairs_by_shape, scored_answers
 from .text import prompt_id
 
-# %% ../nbs/core/27_sources.ipynb #cell-5
+# %% ../nbs/core/27_sources.ipynb #cell-6
 DATA_FILE = re.compile(r'\.(jsonl|ndjson|json)(\.gz|\.zst)?$|\.parquet$')
 SPLIT = re.compile(r'(train|test|valid|dev|eval)')
 
@@ -47,7 +47,7 @@ def local_files(
     if others and not wanted: print(f'{path} holds no split {split}; reading {others[0]}', flush=True)
     return wanted or found
 
-# %% ../nbs/core/27_sources.ipynb #cell-7
+# %% ../nbs/core/27_sources.ipynb #cell-8
 CHUNK = 2**16
 
 def broken_list(
@@ -92,7 +92,7 @@ def array_items(
     except UnicodeDecodeError as error: raise broken_list(path, line+text.count('\n'), number, f'not valid UTF-8: {error.reason}') from error
     except BROKEN as error: refuse_broken(path, f'item {number}', error)
 
-# %% ../nbs/core/27_sources.ipynb #cell-8
+# %% ../nbs/core/27_sources.ipynb #cell-9
 def parquet_items(
     path:Path, # A parquet file
 ): # Generator of place and object
@@ -119,7 +119,7 @@ def file_items(
         if start.removeprefix(b'\xef\xbb\xbf').lstrip()[:1]==b'[': return array_items(path)
     return ((f'{path}, line {number}',line) for number,line in read_lines(path))
 
-# %% ../nbs/core/27_sources.ipynb #cell-11
+# %% ../nbs/core/27_sources.ipynb #cell-12
 def share_of(
     text:str, # Such as '0.1%' or '0.001'
 )->float: # Between 0 and 1
@@ -153,7 +153,7 @@ class BadRows:
             first = self.found[0]
             raise ValueError(f'{len(self.found)} of {self.rows} rows are bad, more than --max_bad={self.share:.4%}; the first is {first["place"]}: {first["reason"]}.')
 
-# %% ../nbs/core/27_sources.ipynb #cell-14
+# %% ../nbs/core/27_sources.ipynb #cell-15
 def comparisons(
     items, # Place and question, from `file_items` or the hub
     every:bool, # All pairs of unequal scores, not best against worst
@@ -177,7 +177,7 @@ def drawn(
     if total<=limit: return np.arange(total)
     return np.sort(np.random.default_rng(seed).choice(total, limit, replace=False, shuffle=False))
 
-# %% ../nbs/core/27_sources.ipynb #cell-15
+# %% ../nbs/core/27_sources.ipynb #cell-16
 def sample(
     read, # Called twice; returns the units of the set from its beginning, strings in place of units that are none
     limit:int, # Units to draw at most
@@ -197,7 +197,7 @@ def sample(
             wanted = next(chosen, -1)
     if total>limit: yield '',total-limit
 
-# %% ../nbs/core/27_sources.ipynb #cell-18
+# %% ../nbs/core/27_sources.ipynb #cell-19
 def unit_pair(
     unit, # A row, its line, a comparison, or a reason
     name:str, # 'hh', 'uf', 'se' or 'jsonl'
@@ -236,7 +236,7 @@ def outcomes(
             except ValueError as error: found.append(('bad', place, str(error), unit))
     return [*found, ('read',0 if name=='se' else rows)]
 
-# %% ../nbs/core/27_sources.ipynb #cell-21
+# %% ../nbs/core/27_sources.ipynb #cell-22
 ROWS,BYTES,PROCESSES = 500,2**21,8
 
 def blocks_of(
@@ -270,7 +270,7 @@ def spread(
             if len(waiting)>2*processes: yield waiting.popleft().result()
         while waiting: yield waiting.popleft().result()
 
-# %% ../nbs/core/27_sources.ipynb #cell-25
+# %% ../nbs/core/27_sources.ipynb #cell-26
 HUB = dict(hh=('Anthropic/hh-rlhf','train'), uf=('HuggingFaceH4/ultrafeedback_binarized','train_prefs'),
     se=('HuggingFaceH4/stack-exchange-preferences','train'))
 
@@ -305,7 +305,7 @@ def hub_items(
     "The rows of a set that was downloaded"
     for number,row in enumerate(hub_set(name), 1): yield f'{HUB[name][0]}, row {number}',row
 
-# %% ../nbs/core/27_sources.ipynb #cell-27
+# %% ../nbs/core/27_sources.ipynb #cell-28
 ROUNDS = ((0.,.1),(.1,1.))
 
 def visit(
@@ -334,7 +334,7 @@ def row_group(
         what = f'the download stopped at {so_far} ({type(error).__name__}: {first_line(error)})'
         raise ConnectionError(f'{what}; run the same command again and it goes on from there.') from error
 
-# %% ../nbs/core/27_sources.ipynb #cell-28
+# %% ../nbs/core/27_sources.ipynb #cell-29
 def streamed(
     stream, # `IterableDataset` of questions
     limit:int, # Pairs to take at most

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['mean_interval', 'certain_interval', 'grouped_interval', 'share_interval']
 
-# %% ../nbs/core/12_stats.ipynb #cell-2
+# %% ../nbs/core/12_stats.ipynb #cell-3
 import numpy as np
 from scipy import stats
 
-# %% ../nbs/core/12_stats.ipynb #cell-5
+# %% ../nbs/core/12_stats.ipynb #cell-6
 def mean_interval(
     values, # One number per prompt
     level:float=.95, # Coverage
@@ -23,7 +23,7 @@ def mean_interval(
     mean = float(values.mean())
     return dict(mean=mean, low=float(max(mean-half, bounds[0])), high=float(min(mean+half, bounds[1])), n=n)
 
-# %% ../nbs/core/12_stats.ipynb #cell-11
+# %% ../nbs/core/12_stats.ipynb #cell-12
 def certain_interval(
     mean:float, # Of all cases: the least or the most it can be
     n:int, # Cases
@@ -52,7 +52,7 @@ def grouped_interval(
     half = stats.t.ppf(.5+level/2, g-1)*np.sqrt(g/(g-1)*np.square(sums).sum())/n
     return dict(mean=mean, low=float(max(mean-half, bounds[0])), high=float(min(mean+half, bounds[1])), n=n, groups=g)
 
-# %% ../nbs/core/12_stats.ipynb #cell-15
+# %% ../nbs/core/12_stats.ipynb #cell-16
 def share_interval(
     hits, # 1 or 0 for each case; a tie may count one half
     level:float=.95, # Coverage

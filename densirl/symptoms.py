@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'SUMS', 'SYMPTOMS', 'is_english', 'all_hits', 'count_symptoms', 'is_plain', 'symptom_rows', 'table_of',
            'split_policies', 'rate_rows', 'rates_of', 'language_rows', 'mistake_rows']
 
-# %% ../nbs/core/63_symptoms.ipynb #cell-2
+# %% ../nbs/core/63_symptoms.ipynb #cell-3
 from collections import defaultdict
 from functools import cache
 import numpy as np
@@ -22,7 +22,7 @@ from .rates import by_prompt, rate_interval, rate_ratio
 from .slop import slop_hits
 from .stats import grouped_interval
 
-# %% ../nbs/core/63_symptoms.ipynb #cell-5
+# %% ../nbs/core/63_symptoms.ipynb #cell-6
 KINDS = ('em','en','double','hyphen','just','only','recast','slop')
 SUMS = dict(dashes=('em','en','double','hyphen'), contrasts=('just','recast'))
 SYMPTOMS = (*KINDS[:4],'dashes',*KINDS[4:7],'contrasts','slop')
@@ -51,7 +51,7 @@ def count_symptoms(
     counts = {kind:found.count(kind) for kind in KINDS}
     return dict(language_facts(completion, expected), words=count_words(completion) if is_english(completion, expected) else 0, **counts, **{name:sum(counts[k] for k in parts) for name,parts in SUMS.items()})
 
-# %% ../nbs/core/63_symptoms.ipynb #cell-8
+# %% ../nbs/core/63_symptoms.ipynb #cell-9
 def is_plain(
     prompt:dict, # A prompt's record
 )->bool: # Whether it leaves the style to the policy
@@ -68,7 +68,7 @@ def symptom_rows(
     return [dict({k:s[k] for k in ('policy','arm','seed','step','prompt_id','sample','completion')}, lang=asked[s['prompt_id']], **count_symptoms(s['completion'], asked[s['prompt_id']]))
         for s in tqdm(plain, desc='counting', disable=len(plain)<2000)]
 
-# %% ../nbs/core/63_symptoms.ipynb #cell-11
+# %% ../nbs/core/63_symptoms.ipynb #cell-12
 def table_of(
     rows:list, # From `symptom_rows`
     symptom:str, # One of `SYMPTOMS`
@@ -87,7 +87,7 @@ def split_policies(
     pooled = {(r['seed'], r['prompt_id'], r['sample'], r.get('completion')):r for mine in began.values() for r in mine}
     return (dict(reference=list(pooled.values())) if pooled else {})|{name:groups[name,step] for name,step in last.items()},began
 
-# %% ../nbs/core/63_symptoms.ipynb #cell-12
+# %% ../nbs/core/63_symptoms.ipynb #cell-13
 def rate_rows(
     rows:list, # From `symptom_rows`
     human:list=(), # The same of texts by people
@@ -103,7 +103,7 @@ def rate_rows(
                 **{f'to_{k}':rate_ratio((table, table_of(other, symptom))) for k,other in versus.items() if other}))
     return found
 
-# %% ../nbs/core/63_symptoms.ipynb #cell-15
+# %% ../nbs/core/63_symptoms.ipynb #cell-16
 def rates_of(
     completions:list, # Texts
     prompts:list=(), # Name of each one's prompt; empty where each has its own
@@ -114,7 +114,7 @@ def rates_of(
     rows = [dict(count_symptoms(c), prompt_id=name) for c,name in zip(completions, prompts or range(len(completions)))]
     return {symptom:rate_interval(table_of(rows, symptom)) for symptom in SYMPTOMS}
 
-# %% ../nbs/core/63_symptoms.ipynb #cell-18
+# %% ../nbs/core/63_symptoms.ipynb #cell-19
 def language_rows(
     rows:list, # From `symptom_rows`
 )->list: # Records: policy, lang of the prompts, in_language and foreign as from `grouped_interval`
@@ -126,7 +126,7 @@ def language_rows(
             found.append(dict(policy=name, lang=lang, **{k:grouped_interval([r[k] for r in told], [r['prompt_id'] for r in told], bounds=(0, 1)) for k in ('in_language','foreign')}))
     return found
 
-# %% ../nbs/core/63_symptoms.ipynb #cell-21
+# %% ../nbs/core/63_symptoms.ipynb #cell-22
 def mistake_rows(
     samples:list, # Samples of plain prompts, each with `lang` of its prompt and perhaps `in_language`
     url:str='', # Of a LanguageTool server; empty for none

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SETS', 'as_key', 'Tally']
 
-# %% ../nbs/core/14_tally.ipynb #cell-2
+# %% ../nbs/core/14_tally.ipynb #cell-3
 import sqlite3
 from fastcore.basics import patch
 
-# %% ../nbs/core/14_tally.ipynb #cell-5
+# %% ../nbs/core/14_tally.ipynb #cell-6
 def as_key(
     name:str, # At least 16 hex digits; hyphens do not count
 )->int: # Its first 64 bits, signed
@@ -17,7 +17,7 @@ def as_key(
     number = int(name.replace('-', '')[:16], 16)
     return number-2**64 if number>=2**63 else number
 
-# %% ../nbs/core/14_tally.ipynb #cell-8
+# %% ../nbs/core/14_tally.ipynb #cell-9
 SETS = 2**32-1 # The count stands above these bits, the number of the set of sources in them
 
 class Tally:
@@ -48,7 +48,7 @@ class Tally:
         known = self.recent.get(as_key(name)) or self.stored(as_key(name))
         return known>>32,sorted(self.sets[known&SETS])
 
-# %% ../nbs/core/14_tally.ipynb #cell-9
+# %% ../nbs/core/14_tally.ipynb #cell-10
 @patch
 def number_of(self:Tally, sources:frozenset)->int: # Position in `sets`
     "The number that stands for a set of sources"

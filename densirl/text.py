@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['FOLDS', 'normalise', 'prompt_id', 'pair_id', 'fold_of', 'escape_tsv']
 
-# %% ../nbs/core/00_text.ipynb #cell-2
+# %% ../nbs/core/00_text.ipynb #cell-3
 import hashlib, unicodedata
 
-# %% ../nbs/core/00_text.ipynb #cell-5
+# %% ../nbs/core/00_text.ipynb #cell-6
 def normalise(
     text:str, # Any text
 )->str: # NFC, runs of whitespace as one space, no space at the ends
     "The form of `text` that names are computed from, never the form that is stored"
     return ' '.join(unicodedata.normalize('NFC', text).split())
 
-# %% ../nbs/core/00_text.ipynb #cell-8
+# %% ../nbs/core/00_text.ipynb #cell-9
 def prompt_id(
     prompt:str, # Prompt as written
 )->str: # 16 hex digits
     "First 16 hex digits of the MD5 of the normalised `prompt`"
     return hashlib.md5(normalise(prompt).encode('utf-8', 'surrogatepass')).hexdigest()[:16]
 
-# %% ../nbs/core/00_text.ipynb #cell-11
+# %% ../nbs/core/00_text.ipynb #cell-12
 def pair_id(
     prompt:str, # Prompt as written
     chosen:str, # Preferred completion
@@ -35,7 +35,7 @@ def pair_id(
     name = digest.hexdigest()
     return '-'.join((name[:8], name[8:12], name[12:16], name[16:20], name[20:]))
 
-# %% ../nbs/core/00_text.ipynb #cell-14
+# %% ../nbs/core/00_text.ipynb #cell-15
 FOLDS = dict(policy=.5, proxy=.3, gold=.1, eval=.1)
 
 def fold_of(
@@ -48,7 +48,7 @@ def fold_of(
         if point < edge: return fold
     return fold
 
-# %% ../nbs/core/00_text.ipynb #cell-18
+# %% ../nbs/core/00_text.ipynb #cell-19
 def escape_tsv(
     text:str, # Any text
 )->str: # The same in one line and one column

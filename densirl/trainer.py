@@ -6,7 +6,7 @@
 __all__ = ['make_optimizer', 'optimizer_step', 'training_state', 'save_training', 'resume_training', 'Stopper', 'soft_stop',
            'memory_help', 'duration', 'Progress']
 
-# %% ../nbs/core/40_trainer.ipynb #cell-2
+# %% ../nbs/core/40_trainer.ipynb #cell-3
 import signal, sys, threading, time
 from contextlib import contextmanager
 import torch
@@ -14,7 +14,7 @@ from .checkpoints import read_checkpoint, write_checkpoint
 from .dist import Ranks, average_, gather
 from .runs import Run
 
-# %% ../nbs/core/40_trainer.ipynb #cell-7
+# %% ../nbs/core/40_trainer.ipynb #cell-8
 def make_optimizer(
     model, # A model with fp32 parameters
     learning_rate:float, # Step size
@@ -25,7 +25,7 @@ def make_optimizer(
     if not 0<=learning_rate<float('inf'): raise ValueError(f'learning_rate is {learning_rate:g}; give a number from 0 up, such as 1e-5.')
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate, betas=(.9,.95), weight_decay=0., fused=True)
 
-# %% ../nbs/core/40_trainer.ipynb #cell-10
+# %% ../nbs/core/40_trainer.ipynb #cell-11
 def optimizer_step(
     model, # A model whose gradients are ready on this rank
     optimizer:torch.optim.Optimizer, # From `make_optimizer`
@@ -44,7 +44,7 @@ def optimizer_step(
     optimizer.zero_grad()
     return norm
 
-# %% ../nbs/core/40_trainer.ipynb #cell-13
+# %% ../nbs/core/40_trainer.ipynb #cell-14
 def training_state(
     model, # A model in training
     optimizer:torch.optim.Optimizer, # From `make_optimizer`
@@ -65,7 +65,7 @@ def save_training(
     own = {f'own.{n}':t for n,t in tensors.items()}
     if run.main: write_checkpoint(run.folder, step, training_state(model, optimizer)|own, dict(logs=run.sizes(), own=state))
 
-# %% ../nbs/core/40_trainer.ipynb #cell-14
+# %% ../nbs/core/40_trainer.ipynb #cell-15
 @torch.no_grad()
 def resume_training(
     run:Run, # The open run
@@ -93,7 +93,7 @@ def resume_training(
         print(f'going on after step {step}', flush=True)
     return step,state['own']|{n.removeprefix('own.'):t for n,t in tensors.items() if n.startswith('own.')}
 
-# %% ../nbs/core/40_trainer.ipynb #cell-17
+# %% ../nbs/core/40_trainer.ipynb #cell-18
 class Stopper:
     "Whether somebody has asked this run to stop"
     def __init__(self): self.asked = False
@@ -114,7 +114,7 @@ def soft_stop():
     finally:
         if before is not None: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/core/40_trainer.ipynb #cell-20
+# %% ../nbs/core/40_trainer.ipynb #cell-21
 @contextmanager
 def memory_help(
     flags:str, # What to lower, in order
@@ -126,14 +126,14 @@ def memory_help(
         if not short: raise
         raise MemoryError(f'Memory ran out; lower {flags}. The last checkpoint, if there is one, is as it was.') from error
 
-# %% ../nbs/core/40_trainer.ipynb #cell-23
+# %% ../nbs/core/40_trainer.ipynb #cell-24
 def duration(
     seconds:float, # A span of time
 )->str: # Minutes and seconds
     "A span of time for the eye"
     return f'{int(seconds)//60}:{int(seconds)%60:02d}'
 
-# %% ../nbs/core/40_trainer.ipynb #cell-24
+# %% ../nbs/core/40_trainer.ipynb #cell-25
 class Progress:
     "Shows and logs the steps of a run"
     def __init__(self,

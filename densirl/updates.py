@@ -7,7 +7,7 @@ __all__ = ['UpdateConfig', 'Models', 'Rollout', 'roll_out', 'share_that_differs'
            'sampled_facts', 'part_loss', 'part_metrics', 'update_policy', 'rollout_metrics', 'flat_groups',
            'merge_rollouts']
 
-# %% ../nbs/core/52_updates.ipynb #cell-2
+# %% ../nbs/core/52_updates.ipynb #cell-3
 from dataclasses import dataclass
 from typing import Literal
 import numpy as np
@@ -23,7 +23,7 @@ from .rewards import Rewards, all_rewards
 from .rollout import generate, refresh_
 from .trainer import optimizer_step
 
-# %% ../nbs/core/52_updates.ipynb #cell-5
+# %% ../nbs/core/52_updates.ipynb #cell-6
 @dataclass(frozen=True)
 class UpdateConfig(DrawConfig):
     "What decides how a policy learns from its completions"
@@ -46,7 +46,7 @@ class UpdateConfig(DrawConfig):
     max_prompt_tokens:int = 512 # Longer prompts are cut from the left
     max_new_tokens:int = 256 # Tokens a completion may have
 
-# %% ../nbs/core/52_updates.ipynb #cell-7
+# %% ../nbs/core/52_updates.ipynb #cell-8
 @dataclass(frozen=True)
 class Models:
     "The models of a run on one rank"
@@ -93,7 +93,7 @@ def roll_out(
     rewards = all_rewards(models.rewards, packed, [p['prompt'] for p in prompts], texts, models.rows, models.dtype)
     return Rollout(ids, cut, groups, packed, texts, rewards, ref_logps, ended)
 
-# %% ../nbs/core/52_updates.ipynb #cell-9
+# %% ../nbs/core/52_updates.ipynb #cell-10
 def share_that_differs(
     texts:list, # Per prompt, its completions
 )->torch.Tensor: # (groups, G) from 0 to 1
@@ -112,7 +112,7 @@ def shaped_rewards(
     away = old.kl if cfg.kl=='exact' else kl_estimate(old.logps, rollout.ref_logps, cfg.kl)
     return rewards-beta*(away*rollout.packed.mask).sum(-1)
 
-# %% ../nbs/core/52_updates.ipynb #cell-12
+# %% ../nbs/core/52_updates.ipynb #cell-13
 def policy_facts(
     cfg:UpdateConfig, # Settings
     models:Models, # The models of this rank
@@ -149,7 +149,7 @@ def part_loss(
         losses = losses+beta*away
     return (losses*shares).sum()-cfg.entropy_bonus*(facts.entropy*mask).sum()/max(totals[1], 1),stopped
 
-# %% ../nbs/core/52_updates.ipynb #cell-14
+# %% ../nbs/core/52_updates.ipynb #cell-15
 def part_metrics(
     facts, # TokenFacts of the policy
     ref_logps:torch.Tensor, # (groups, G, C) under the reference
@@ -189,7 +189,7 @@ def update_policy(
     if cfg.kl!='exact': del means['exact_kl']
     return means|dict(grad_norm=norm, beta=beta)
 
-# %% ../nbs/core/52_updates.ipynb #cell-16
+# %% ../nbs/core/52_updates.ipynb #cell-17
 def rollout_metrics(
     rollout:Rollout, # This rank's part of the batch
 )->dict: # Means over this rank's completions
@@ -206,7 +206,7 @@ def flat_groups(
     low,high = rollout.rewards['reward'].aminmax(dim=-1)
     return high-low<=1e-6*high.abs().clamp(min=1)
 
-# %% ../nbs/core/52_updates.ipynb #cell-18
+# %% ../nbs/core/52_updates.ipynb #cell-19
 def merge_rollouts(
     rollout:Rollout, # Of all groups
     other:Rollout, # Of the groups that take the place of some

@@ -6,7 +6,7 @@
 __all__ = ['DECIDES', 'Plan', 'read_plan', 'gap_within_thirds', 'matched_gain', 'gates', 'secondary_rows', 'estimates', 'is_gain',
            'doubts', 'why_not', 'untested', 'decide']
 
-# %% ../nbs/core/19_verdict.ipynb #cell-2
+# %% ../nbs/core/19_verdict.ipynb #cell-3
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import numpy as np
@@ -14,7 +14,7 @@ from .crossed import crossed_interval, detectable, fewest_seeds, holm, one_sided
 from .curves import Study, common_range, equal_weights, gap_table, last_gap, paired
 from .files import read_json
 
-# %% ../nbs/core/19_verdict.ipynb #cell-5
+# %% ../nbs/core/19_verdict.ipynb #cell-6
 @dataclass(frozen=True)
 class Plan:
     "What is asked, and what will count as an answer"
@@ -48,7 +48,7 @@ def read_plan(
     if given.get('metric', 'diversity') not in DECIDES: raise ValueError(f'{path} wants to decide by {given["metric"]}; give one of {", ".join(DECIDES)}.')
     return Plan(**{k:tuple(v) if isinstance(v, list) else v for k,v in given.items()})
 
-# %% ../nbs/core/19_verdict.ipynb #cell-8
+# %% ../nbs/core/19_verdict.ipynb #cell-9
 def gap_within_thirds(
     study:Study, # What was measured
     arms:tuple, # Treated and control
@@ -64,7 +64,7 @@ def gap_within_thirds(
         if table.size: found.append(table.mean())
     return float(np.mean(found)) if found else float('nan')
 
-# %% ../nbs/core/19_verdict.ipynb #cell-10
+# %% ../nbs/core/19_verdict.ipynb #cell-11
 def matched_gain(
     study:Study, # What was measured
     plan:Plan, # What was planned
@@ -82,7 +82,7 @@ def matched_gain(
     low,high,widest = np.mean(ranges, 0).tolist()
     return dict(crossed_interval(table), flip=sign_flip(table), left_out=len(study.seeds)-len(table), range=[low, high], widest=widest, **{name:float(v) for name,v in signs.items() if np.isfinite(v)})
 
-# %% ../nbs/core/19_verdict.ipynb #cell-11
+# %% ../nbs/core/19_verdict.ipynb #cell-12
 def gates(
     study:Study, # What was measured
     plan:Plan, # What was planned
@@ -110,7 +110,7 @@ def secondary_rows(
     rows = [dict(metric=m, **crossed_interval(t)) for m,t in zip(names, tables) if len(t)]
     return [dict(row, adjusted=p) for row,p in zip(rows, holm([r['p'] for r in rows]))]
 
-# %% ../nbs/core/19_verdict.ipynb #cell-12
+# %% ../nbs/core/19_verdict.ipynb #cell-13
 def estimates(
     study:Study, # What was measured
     plan:Plan, # What was planned
@@ -127,7 +127,7 @@ def estimates(
     return dict(seeds=len(study.seeds), prompts=lost.shape[1], collapse=collapse, gates=gates(study, plan), gains=gains, secondaries=secondary_rows(study, plan), at_the_end=crossed_interval(last_gap(study, arms, plan.metric)),
         recovered={over:ratio_interval(table, lost) for over,table in tables[plan.control].items() if certain and len(table)==len(lost)})
 
-# %% ../nbs/core/19_verdict.ipynb #cell-14
+# %% ../nbs/core/19_verdict.ipynb #cell-15
 def is_gain(
     rows:dict, # From `matched_gain`, for 'kl' and 'gold'
     plan:Plan, # What was planned
@@ -155,7 +155,7 @@ def doubts(
         elif not gate['passed']: said.append(f'{name} may be worse by {abs(gate["value"]):.3g}, and the plan allows {abs(gate["limit"]):.3g}.')
     return said
 
-# %% ../nbs/core/19_verdict.ipynb #cell-17
+# %% ../nbs/core/19_verdict.ipynb #cell-18
 def why_not(
     gains:dict, # From `matched_gain`, for 'kl' and 'gold'
     plan:Plan, # What was planned
@@ -170,7 +170,7 @@ def why_not(
         else: said.append(f'At equal {over} the gap is {row["mean"]:+.3f} [{row["low"]:+.3f}, {row["high"]:+.3f}]; the test of this gap alone would have found one of {row["detectable"]:.3f} four times in five.')
     return said+[f'The control lost {lost["mean"]:.3f} of {plan.metric}, and {plan.equivalence:.0%} of that would not matter.']
 
-# %% ../nbs/core/19_verdict.ipynb #cell-18
+# %% ../nbs/core/19_verdict.ipynb #cell-19
 def untested(
     found:dict, # From `estimates`
     plan:Plan, # What was planned
@@ -182,7 +182,7 @@ def untested(
     if not gate['moved']['passed']: return f'The control moved {gate["moved"]["value"]:.2f} nats, and the plan asks for {plan.min_kl:g}.'
     return ''
 
-# %% ../nbs/core/19_verdict.ipynb #cell-20
+# %% ../nbs/core/19_verdict.ipynb #cell-21
 def decide(
     found:dict, # From `estimates`
     plan:Plan, # What was planned

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['KEPT', 'Head', 'vocabulary_head', 'product_dtype', 'log_probs', 'check_head', 'HeadFacts', 'head_facts']
 
-# %% ../nbs/core/23_vocab.ipynb #cell-2
+# %% ../nbs/core/23_vocab.ipynb #cell-3
 from dataclasses import dataclass
 from typing import Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/core/23_vocab.ipynb #cell-6
+# %% ../nbs/core/23_vocab.ipynb #cell-7
 KEPT = 2**27 # Numbers that are kept for the way back, half a gigabyte in fp32
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def log_probs(
     "Log-probabilities of all tokens"
     return torch.nn.functional.linear(states.to(weight.dtype), weight, bias).float().log_softmax(-1)
 
-# %% ../nbs/core/23_vocab.ipynb #cell-8
+# %% ../nbs/core/23_vocab.ipynb #cell-9
 @torch.no_grad()
 def check_head(
     model, # A causal language model of the transformers library
@@ -57,7 +57,7 @@ def check_head(
     ours = torch.nn.functional.linear(model.base_model(ids, use_cache=False).last_hidden_state, head.weight, head.bias)
     if not torch.allclose(ours, said, rtol=1e-2, atol=1e-2): raise NotImplementedError(f'The logits of {type(model).__name__} are not those of its head (up to {(ours-said).abs().max():.2g} apart); choose another model.')
 
-# %% ../nbs/core/23_vocab.ipynb #cell-10
+# %% ../nbs/core/23_vocab.ipynb #cell-11
 class HeadFacts(torch.autograd.Function):
     "The numbers of `head_facts`, with gradients for states, weight and bias"
     @staticmethod

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['sampling_weights', 'effective_share', 'capped', 'solve_alpha', 'shuffled', 'scheduled', 'densities_of']
 
-# %% ../nbs/core/15_weights.ipynb #cell-2
+# %% ../nbs/core/15_weights.ipynb #cell-3
 import numpy as np
 from scipy.optimize import brentq
 
-# %% ../nbs/core/15_weights.ipynb #cell-5
+# %% ../nbs/core/15_weights.ipynb #cell-6
 def sampling_weights(
     log_density:np.ndarray, # Log of the local density of each prompt, finite
     alpha:float=1., # 0 draws uniformly, 1 by inverse density, below 0 favours the crowd
@@ -24,14 +24,14 @@ def sampling_weights(
     weights = np.exp(logits-logits.max())
     return weights/weights.sum()
 
-# %% ../nbs/core/15_weights.ipynb #cell-11
+# %% ../nbs/core/15_weights.ipynb #cell-12
 def effective_share(
     probs:np.ndarray, # Probabilities, summing to 1
 )->float: # Between 1/n and 1
     "Effective sample size divided by the number of prompts (Kish 1965)"
     return float(1/(len(probs)*np.square(probs).sum()))
 
-# %% ../nbs/core/15_weights.ipynb #cell-14
+# %% ../nbs/core/15_weights.ipynb #cell-15
 def capped(
     probs:np.ndarray, # Probabilities, summing to 1
     cap:float, # Largest probability in units of the even one, at least 1; 0 sets no cap
@@ -46,7 +46,7 @@ def capped(
         found = np.where(high, top, probs*(left/rest) if rest>1e-300 else left/max((~high).sum(), 1))
     return found/found.sum()
 
-# %% ../nbs/core/15_weights.ipynb #cell-17
+# %% ../nbs/core/15_weights.ipynb #cell-18
 def solve_alpha(
     log_density:np.ndarray, # Log of the local density of each prompt
     share:float, # Wanted effective share, in (0, 1]
@@ -65,7 +65,7 @@ def solve_alpha(
         raise ValueError(f'effective is {share:g}, but no exponent up to {highest:g} leaves less than {lowest:.3g} of these prompts; {remedy}.')
     return float(brentq(gap, tried[above-1], tried[above], xtol=1e-10)) if above else 0.
 
-# %% ../nbs/core/15_weights.ipynb #cell-22
+# %% ../nbs/core/15_weights.ipynb #cell-23
 def shuffled(
     probs:np.ndarray, # Probabilities, summing to 1
     seed:int, # Seed of the permutation
@@ -78,7 +78,7 @@ def shuffled(
     for places in groups.values(): found[places] = probs[rng.permutation(places)]
     return found
 
-# %% ../nbs/core/15_weights.ipynb #cell-25
+# %% ../nbs/core/15_weights.ipynb #cell-26
 def scheduled(
     first:float, # Exponent of the first step
     last:float, # Exponent of the last step
@@ -88,7 +88,7 @@ def scheduled(
     "The exponent of a step of a curriculum"
     return first+(last-first)*step/max(steps-1, 1)
 
-# %% ../nbs/core/15_weights.ipynb #cell-28
+# %% ../nbs/core/15_weights.ipynb #cell-29
 def densities_of(
     ids:list, # Ids of the prompts to draw from
     densities:dict, # Prompt id → log density
