@@ -55,11 +55,11 @@ def plot_map(
     values:list, # (n,) numbers, or (n,) names of groups
     title:str, # What the colour says
     names:dict={}, # Cluster → its words, for those to be named
-    clusters:np.ndarray=np.zeros(0), # (n,) cluster of each prompt, where names are given
-    counts:np.ndarray=np.zeros(0), # (n,) pairs that carry each prompt, which the area of a point shows; empty: all alike
+    clusters:list=(), # (n,) cluster of each prompt, where names are given
+    counts:list=(), # (n,) pairs that carry each prompt, which the area of a point shows; empty: all alike
 )->None:
     "Scatter the prompts, coloured by value or by group"
-    sizes = 3*counts+2 if len(counts) else np.full(len(places), 5.)
+    sizes = 3*np.asarray(counts)+2 if len(counts) else np.full(len(places), 5.)
     if isinstance(values[0], str):
         for k,group in enumerate(sorted(set(values))):
             inside = [i for i,v in enumerate(values) if v==group]
@@ -67,7 +67,7 @@ def plot_map(
         ax.legend(frameon=False, fontsize=7, markerscale=2)
     else: ax.figure.colorbar(ax.scatter(*places.T, c=values, s=sizes, cmap='viridis', linewidths=0), ax=ax, shrink=.8)
     for cluster,name in names.items():
-        inside = places[clusters==cluster]
+        inside = places[np.asarray(clusters)==cluster]
         if len(inside): ax.annotate(name, np.median(inside, 0), ha='center', fontsize=6, bbox=dict(boxstyle='round,pad=.15', fc='white', ec='none', alpha=.7))
     ax.set(title=title, xticks=[], yticks=[])
 

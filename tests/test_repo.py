@@ -197,21 +197,51 @@ def test_site_metadata_is_fresh(tmp_path):
     run(sys.executable, '-c', 'from nbdev.quarto import refresh_quarto_yml as f; f()', cwd=repo)
     for n in ('nbdev.yml', '_quarto.yml'): assert (repo/'nbs'/n).read_text() == (ROOT/'nbs'/n).read_text()
 
+LONGEST_LINE = 5_000                                      # characters; pandoc spends minutes on a longer one in a raw block
+
+def opening(nb):
+    "The question a page opens with: the cell behind the title"
+    return ''.join(nb['cells'][1]['source']) if nb['cells'][1]['cell_type'] == 'markdown' else ''
+
+def docs_faults(nb):
+    "What would spoil a processed page on the site, in words"
+    for cell in nb['cells']:
+        raw = ''.join(cell['source']) if cell['cell_type'] != 'code' else ''
+        texts = [raw, *(''.join(t) for out in cell.get('outputs', []) for kind, t in [('text', out.get('text', '')), *out.get('data', {}).items()] if kind in ('text', 'text/plain', 'text/markdown'))]
+        for text in texts + [f'Traceback {out["ename"]}' for out in cell.get('outputs', []) if out['output_type'] == 'error']:
+            if 'Traceback' in text and ('most recent call last' in text or text.startswith('Traceback ')): yield f'a traceback: {text[:200]}'
+            if '\x1b' in text or '&#27;' in text or 'ansi-' in text: yield f'an escape code: {text[:200]}'
+            if max(map(len, text.splitlines()), default=0) > LONGEST_LINE: yield f'a line of over {LONGEST_LINE} characters: {text[:200]}'
+
+@pytest.mark.parametrize('cell', [
+    dict(cell_type='markdown', source='<pre>Traceback (most recent call last)\n…</pre>'),
+    dict(cell_type='raw', source='\x1b[31mValueError\x1b[0m'),
+    dict(cell_type='code', source='', outputs=[dict(output_type='stream', text='x'*5001)]),
+    dict(cell_type='code', source='', outputs=[dict(output_type='error', ename='ValueError', evalue='', traceback=[])])])
+def test_a_spoilt_page_would_be_found(cell): assert list(docs_faults({'cells': [cell]}))
+
 def test_docs_build(tmp_path):
-    "Processing the notebooks for the site runs their exported cells and their imports: see that both survive it"
+    "Processing the notebooks for the site runs their exported cells, their imports and show_doc: see that all survive it"
     repo = copy_repo(tmp_path/'repo', ['settings.ini', 'pyproject.toml', '_quarto.yml', 'nbs', 'densirl'])
     before = files_below(repo/'nbs')
     (repo/'README.md').touch()                                  # newer than the index: not rendered again
+    script = "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(force=True, n_workers=2)"
+    (repo/'proc.py').write_text(script)
+    run(sys.executable, 'proc.py', cwd=repo)
+    processed = {p.relative_to(repo/'_proc'): json.loads(p.read_text(encoding='utf-8')) for p in notebooks(repo/'_proc')}
+    assert set(processed) == {p.relative_to(ROOT/'nbs') for p in notebooks()}
+    assert {str(p): faults for p, nb in processed.items() if (faults := list(docs_faults(nb)))} == {}
+    questions = {p: opening(json.loads((ROOT/'nbs'/p).read_text(encoding='utf-8'))) for p in processed}
+    assert [str(p) for p, asked in questions.items() if not asked] == [], 'a page opens with its question, in the cell behind the title'
+    unlinked = lambda cell: re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', ''.join(cell['source']))   # nbdev links what stands in backticks
+    lost = [str(p) for p, nb in processed.items() if not any(questions[p] in unlinked(c) for c in nb['cells'])]
+    assert lost == [], 'the opening question does not reach the site; it needs a cell of its own behind the > line'
     if shutil.which('quarto'):
         run('nbdev_docs', cwd=repo)
         pages = repo/'_docs'
     else:
-        script = "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(force=True, n_workers=2)"
-        (repo/'proc.py').write_text(script)
-        run(sys.executable, 'proc.py', cwd=repo)
-        proc, pages = repo/'_proc', tmp_path/'pages'
-        assert {p.name for p in notebooks(proc)} == {p.name for p in notebooks()}
-        run('jupyter', 'nbconvert', '--to', 'html', '--output-dir', pages, *notebooks(proc), cwd=repo)
+        pages = tmp_path/'pages'
+        run('jupyter', 'nbconvert', '--to', 'html', '--output-dir', pages, *notebooks(repo/'_proc'), cwd=repo)
     assert len(list(pages.rglob('*.html'))) >= len(notebooks())
     assert files_below(repo/'nbs') == before
 
