@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 import numpy as np
-from .config import StageConfig, where
+from .config import StageConfig, where, within
 from .dist import join_ranks
 from .files import need, read_jsonl, write_jsonl
-from .models import encode_prompt, load_policy, load_tokenizer, model_name, prompt_messages, start_path
+from .models import encode_prompt, load_policy, load_tokenizer, model_input, model_name, prompt_messages, start_path
 from .rollout import completion_uniforms, generate
+from .run_folders import open_run
 from .runs import read_manifest
+from .text import visible
 
 # %% ../nbs/core/85_chat.ipynb #cell-5
 @dataclass(frozen=True)
@@ -23,15 +25,17 @@ class ChatConfig(StageConfig):
     "Talk to a policy in a terminal, or let it answer a file of prompts"
     stage:ClassVar[str] = 'chat'
     module:ClassVar[str] = 'chat'
+    endings:ClassVar[tuple] = ('.jsonl','.jsonl.gz','.jsonl.zst')
     profiles:ClassVar[dict] = dict(demo=dict(max_new_tokens=40), test=dict(max_new_tokens=6))
     ckpt_path:str = where('outs/grpo') # Policy: a run, a Hugging Face folder or a hub name
     prompts_file:str = where('') # JSON lines with `prompt` or `messages`, or a .txt with a prompt a line; empty talks in the terminal
     answers_path:str = where('outs/answers.jsonl') # Where the answers to a file go
     max_prompt_tokens:int = 512 # Longer conversations are cut from the left
     max_new_tokens:int = 256 # Tokens an answer may have
-    temperature:float = 1. # 0 takes the likeliest token each time
-    batch_size:int = where(16) # Prompts of a file that are answered together
+    temperature:float = within('[0, inf)', 1.) # 0 takes the likeliest token each time
+    batch_size:int = 16 # Prompts of a file that are answered together; sums in another order round differently, so it is part of the science
 
+    def inputs(self): return dict(model_input(self.ckpt_path, 'grpo'), source=self.prompts_file) if self.prompts_file else {}
     def outputs(self): return [self.answers_path] if self.prompts_file else []
 
 # %% ../nbs/core/85_chat.ipynb #cell-7
@@ -79,16 +83,15 @@ def run_chat(
     cfg:ChatConfig, # Settings
 )->Path|None: # The file of answers, if there is one
     "Answer a file, or a person until nothing more is said"
-    if cfg.temperature<0: raise ValueError(f'temperature is {cfg.temperature:g}; give 0 for the likeliest token, or more.')
     rows = read_prompts(need(cfg.path(cfg.prompts_file), 'source')) if cfg.prompts_file else None
     folder = start_path(cfg.ckpt_path, cfg.path(cfg.ckpt_path), 'grpo')
     if read_manifest(folder).get('status', 'complete')!='complete': raise RuntimeError(f'The run at {folder} is not finished; give the command that began it again, or another --ckpt_path.')
     policy,tokenizer,messages = load_policy(folder, device=join_ranks().device),load_tokenizer(folder),[]
     if rows is not None:
-        write_jsonl(cfg.path(cfg.answers_path), answered(policy, tokenizer, rows, cfg))
+        with open_run(cfg) as run: write_jsonl(run.outputs[0], answered(policy, tokenizer, rows, cfg))
         return cfg.path(cfg.answers_path)
     print(f'{model_name(folder)} listens; an empty line ends the conversation', flush=True)
     while text := said():
         messages.append(dict(role='user', content=text))
         messages.append(dict(role='assistant', content=answer(policy, tokenizer, [messages], cfg, len(messages)//2)[0]))
-        print(messages[-1]['content'], flush=True)
+        print(visible(messages[-1]['content']), flush=True)

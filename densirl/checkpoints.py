@@ -6,10 +6,10 @@
 __all__ = ['write_checkpoint', 'read_checkpoint']
 
 # %% ../nbs/core/21_checkpoints.ipynb #cell-3
-import os, shutil, tempfile
+import os, shutil
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-from .files import file_hash, raise_if_full, read_json, write_json
+from .files import file_hash, half_made, read_json, write_json
 from .runs import checkpoint_home
 
 # %% ../nbs/core/21_checkpoints.ipynb #cell-6
@@ -22,17 +22,13 @@ def write_checkpoint(
     "Write the state after a step in place of the last one"
     home = checkpoint_home(folder)
     home.mkdir(parents=True, exist_ok=True)
-    half,done = Path(tempfile.mkdtemp(dir=home, prefix='half.')),home/f'step_{step:08d}'
-    try:
+    done = home/f'step_{step:08d}'
+    with half_made(done, folder=True) as half:
         save_file({k:t.detach().cpu().contiguous() for k,t in tensors.items()}, half/'tensors.safetensors')
         write_json(half/'state.json', dict(state, step=step, hash=file_hash(half/'tensors.safetensors')))
-    except BaseException as error:
-        shutil.rmtree(half)
-        raise_if_full(error, home)
-        raise
-    if done.exists(): shutil.rmtree(done)
-    os.rename(half, done)
-    for other in home.iterdir():
+        if done.exists(): shutil.rmtree(done)
+        os.rename(half, done)
+    for other in home.glob('step_*'):
         if other!=done: shutil.rmtree(other)
 
 def read_checkpoint(
@@ -41,7 +37,7 @@ def read_checkpoint(
     "The last state of a run, if it is whole"
     found = sorted(checkpoint_home(folder).glob('step_*'))
     if not found: return None
-    state,file = read_json(found[-1]/'state.json'),found[-1]/'tensors.safetensors'
-    if not file.exists() or file_hash(file)!=state['hash']:
+    state,file = read_json(found[-1]/'state.json') if (found[-1]/'state.json').exists() else {},found[-1]/'tensors.safetensors'
+    if not (file.exists() and file_hash(file)==state.get('hash') and found[-1].name==f'step_{state.get("step", 0):08d}'):
         raise ValueError(f'The checkpoint {found[-1]} is cut short or was changed; remove it, or begin again with --force.')
     return state['step'],load_file(file),state

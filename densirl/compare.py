@@ -17,7 +17,8 @@ from .crossed import crossed_interval
 from .curves import Curve, Study, equal_weights, gap_table, last_gap
 from .files import file_hash, read_json, read_jsonl, write_json
 from .prompt_sets import density_parts
-from .runs import input_hash, is_committed, open_run, up_to_date
+from .run_folders import is_made, open_run
+from .runs import input_hash, is_committed
 from .verdict import Plan, decide, estimates, read_plan
 
 # %% ../nbs/core/75_compare.ipynb #cell-5
@@ -45,7 +46,7 @@ def differences(
     settings = [k for k in one.keys()|two.keys() if k not in free and one.get(k)!=two.get(k)]
     unread = {'density'} if not (one.get('density_aware') and two.get('density_aware')) else set()
     inputs = [k for k in (read.keys()|also.keys())-unread if read.get(k)!=also.get(k) and (a['seed']==b['seed'] or k in ('prompts','density'))]
-    return sorted(settings)+sorted(inputs)+[k for k in ('code','dtype') if a.get(k)!=b.get(k)]
+    return sorted(settings)+sorted(inputs)+[k for k in ('code','dtype','ranks') if a.get(k)!=b.get(k)]
 
 def refuse(
     extra:list, # From `differences`
@@ -233,10 +234,10 @@ def make_compare(
 )->Path: # The folder of the comparison
     "Write `compare.json`: the verdict, why, and everything it was made from"
     out,folder = cfg.path(cfg.out_path),cfg.path(cfg.eval_path)
-    if up_to_date(cfg): return out
+    if is_made(cfg): return out
     for kind,path in cfg.inputs().items(): input_hash(cfg.path(path), kind)
     path = cfg.path(cfg.plan_path) if cfg.plan_path else None
     found = comparison(read_json(folder/'eval.json'), list(read_jsonl(folder/'prompts.jsonl')), list(read_jsonl(folder/'per_prompt.jsonl')), read_plan(path) if path else Plan(), cfg.factor, path)
-    with open_run(cfg): write_json(out/'compare.json', found)
+    with open_run(cfg) as run: write_json(run.folder/'compare.json', found)
     print(f'verdict: {found["verdict"] or "none, one seed describes"}{" (exploratory)" if found["exploratory"] else ""}; {" ".join(found["why"])}', flush=True)
     return out

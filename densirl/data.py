@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Literal
-from .config import StageConfig, where
+from .config import StageConfig, where, within
 from .corpus import make_corpus
 from .files import atomic, json_line, need, parse_line, read_jsonl, text_hash, write_json, write_jsonl
 from .launch import cpu_cores
 from .near import near_groups
-from .runs import code_hash, open_run, read_manifest, up_to_date
+from .run_folders import is_made, open_run
+from .runs import code_hash, read_manifest
 from .shapes import text_of
 from .sources import (HUB, BadRows, comparisons, file_items, hub_items, hub_revision, hub_set, local_files, outcome, outcomes,
     sample, share_of, spread, streamed)
@@ -32,6 +33,7 @@ class DataConfig(StageConfig):
     "Read preference pairs into one file"
     stage:ClassVar[str] = 'data'
     module:ClassVar[str] = 'data'
+    endings:ClassVar[tuple] = ('.jsonl','.jsonl.gz','.jsonl.zst')
     profiles:ClassVar[dict] = dict(demo=dict(source='demo', plant='opener'), test=dict(source='demo', plant='opener', demo_pairs=400))
     source:Literal['sets','demo'] = 'sets' # The published sets, or the built-in corpus
     only:Literal['','hh','uf','se','jsonl','demo'] = '' # Read this source alone
@@ -55,6 +57,10 @@ class DataConfig(StageConfig):
 
     def inputs(self): return {f'source_{k}':p for k,p in self.paths().items() if p}
     def outputs(self): return [self.pairs_path, str(Path(self.pairs_path).parent/'bad_rows.jsonl')]
+    def check(self)->None:
+        super().check()
+        self.paths()
+        share_of(self.max_bad)
     def paths(self)->dict:
         "Name of each source that is read → its local path, or nothing"
         if self.only=='demo': return dict(demo='')
@@ -147,10 +153,10 @@ def make_data(
 )->Path: # The file of pairs
     "Write every pair that is asked for into one file"
     from tqdm import tqdm
-    out,bad_rows = (cfg.path(p) for p in cfg.outputs())
     bad,dropped,sources,asked = BadRows(share_of(cfg.max_bad)),Counter(),Counter(),Tally()
-    if up_to_date(cfg): return out
+    if is_made(cfg): return cfg.path(cfg.pairs_path)
     with open_run(cfg) as run:
+        out,bad_rows = run.outputs
         revision = hub_revision('se') if cfg.paths().get('se')=='' else ''
         lines = kept_lines(make_outcomes(cfg, bad, revision), cfg.dedup, bad, dropped, asked)
         with atomic(out, 'wb') as file:
@@ -162,7 +168,7 @@ def make_data(
         if revision: shutil.rmtree(parts_folder(cfg, revision))
         run.facts.update(rows=bad.rows+sum(n for what,n in dropped.items() if what in ('hh: not drawn','uf: not drawn')), pairs=sources.total(),
             sources=dict(sources), dropped=dict(dropped), bad=len(bad.found), prompts_shared=asked.overlap(), se_revision=revision)
-    return out
+    return cfg.path(cfg.pairs_path)
 
 # %% ../nbs/00_data.ipynb #cell-36
 @dataclass(frozen=True)
@@ -170,7 +176,8 @@ class PromptsConfig(StageConfig):
     "Collect the distinct prompts of the pairs"
     stage:ClassVar[str] = 'prompts'
     module:ClassVar[str] = 'data'
-    near:float = 0. # Similarity from which prompts are grouped as near-duplicates, such as 0.8; 0 does not look
+    endings:ClassVar[tuple] = ('.jsonl','.jsonl.gz','.jsonl.zst')
+    near:float = within('[0, 1]', 0.) # Similarity from which prompts are grouped as near-duplicates, such as 0.8; 0 does not look
     pairs_path:str = where('.cache/data/pairs_all.jsonl') # Pairs to read
     prompts_path:str = where('.cache/data/prompts_all.jsonl') # Where the prompts go
 
@@ -254,9 +261,9 @@ def make_prompts(
 )->Path: # The file of prompts
     "Write the distinct prompts, their map, their figures and their groups"
     from tqdm import tqdm
-    out,id_map,stats_txt,stats_json,near_file = (cfg.path(p) for p in cfg.outputs())
-    if up_to_date(cfg): return out
-    with open_run(cfg) as run, tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as folder:
+    if is_made(cfg): return cfg.path(cfg.prompts_path)
+    with open_run(cfg) as run, tempfile.TemporaryDirectory(dir=run.folder) as folder:
+        out,id_map,stats_txt,stats_json,near_file = run.outputs
         source,tally,groups = cfg.path(cfg.pairs_path),Tally(),[]
         lines = tqdm(file_items(source), desc='prompts', unit=' pairs', mininterval=2, disable=None)
         prompts = distinct_prompts(lines, tally, folder, cpu_cores())
@@ -274,7 +281,7 @@ def make_prompts(
         with atomic(stats_txt) as file: file.writelines(f'{k}: {v}\n' for k,v in stats.items())
         write_json(stats_json, stats)
         run.facts.update(stats)
-    return out
+    return cfg.path(cfg.prompts_path)
 
 # %% ../nbs/00_data.ipynb #cell-49
 def read_folds(

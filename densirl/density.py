@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 import numpy as np
-from .config import StageConfig, where
+from .config import StageConfig, where, within
 from .embed import anisotropy, embed_cached, load_embedder, spread_out
 from .estimators import Neighbourhoods, levina_bickel, log_density, two_nn, within_groups
 from .files import atomic, need, read_jsonl
 from .guards import language_of, unknown_shares
 from .neighbours import nearest_neighbours
-from .runs import open_run, up_to_date
+from .run_folders import is_made, open_run
 
 # %% ../nbs/01_prompts_density.ipynb #cell-11
 @dataclass(frozen=True)
@@ -24,21 +24,22 @@ class DensityConfig(StageConfig):
     "Embed the prompts and store the distances to their neighbours"
     stage:ClassVar[str] = 'density'
     module:ClassVar[str] = 'density'
+    endings:ClassVar[tuple] = ('.parquet',)
     neighbours:int = 64 # Nearest other prompts to store for each prompt
     embedder:str = 'minilm' # minilm, tfidf, lm (hidden states of lm_path), or a sentence-transformers name or folder
     spread:Literal['none','centre','whiten'] = 'none' # Take the common direction, or all unequal spread, out of the vectors
     clusters:int = 0 # Clusters to sort the prompts into; 0 takes one for eight prompts, at most 2,000
     approximate_from:int = 150_000 # Prompts from which neighbours are searched approximately
-    recall:float = .99 # Share of the true ten nearest that the approximate search must find, on a sample
-    unknown_limit:float = .05 # Unknown tokens of a language above which its prompts are compared with each other only; 1 never does
+    recall:float = within('(0, 1]', .99) # Share of the true ten nearest that the approximate search must find, on a sample
+    unknown_limit:float = within('[0, 1]', .05) # Unknown tokens of a language above which its prompts are compared with each other only; 1 never does
     lm_path:str = where('outs/sft') # Hugging Face folder of the policy, for the embedder lm
     prompts_path:str = where('.cache/data/prompts_all.jsonl') # Prompts to read
     density_path:str = where('.cache/data/density.parquet') # Where distances and indices go
-    embeddings_path:str = where('.cache/data/embeddings.npy') # Where the vectors of the prompts go
+    embeddings_path:str = where('') # Where the vectors of the prompts go; empty is beside the density file, density.embeddings.npy
     vectors_path:str = where('.cache/embeddings') # Where vectors are kept by embedder and texts
 
     def inputs(self): return dict(prompts=self.prompts_path, **(dict(sft=self.lm_path) if self.embedder=='lm' else {}))
-    def outputs(self): return [self.density_path, self.embeddings_path]
+    def outputs(self): return [self.density_path, self.embeddings_path or f'{self.density_path.removesuffix(".parquet")}.embeddings.npy']
 
 # %% ../nbs/01_prompts_density.ipynb #cell-13
 def cluster(
@@ -84,11 +85,9 @@ def make_density(
     cfg:DensityConfig, # Settings
 )->Path: # The density file
     "Write, for each prompt, sorted distances and indices of its nearest other prompts"
-    out = cfg.path(cfg.density_path)
-    if not (0<cfg.recall<=1 and 0<=cfg.unknown_limit<=1):
-        raise ValueError(f'recall is {cfg.recall:g} and unknown_limit {cfg.unknown_limit:g}; give shares, of recall above 0 and at most 1, of unknown_limit from 0 to 1.')
-    if up_to_date(cfg): return out
+    if is_made(cfg): return cfg.path(cfg.density_path)
     with open_run(cfg) as run:
+        out,embeddings = run.outputs
         prompts = list(read_jsonl(cfg.path(cfg.prompts_path)))
         texts,languages = [p['prompt'] for p in prompts],[language_of(p) for p in prompts]
         print(f'embedding {len(prompts):,} prompts', flush=True)
@@ -100,11 +99,11 @@ def make_density(
         for name in apart: print(f'{unknown[name]:.0%} of the tokens in {name} are unknown to {embedder.name}: '
             'these prompts are compared with each other only; --embedder lm may read them', flush=True)
         write_density(out, [p['id'] for p in prompts], near, [name if name in apart else '' for name in languages])
-        with atomic(cfg.path(cfg.embeddings_path), 'wb') as file: np.save(file, vectors)
+        with atomic(embeddings, 'wb') as file: np.save(file, vectors)
         run.facts.update(embedder=dict(name=embedder.name, digest=embedder.digest), prompts=len(prompts), neighbours=how,
             anisotropy=round(anisotropy(vectors), 3), dimension=round(levina_bickel(near.distances), 2), dimension_two_nn=round(two_nn(near.distances), 2),
             clusters=int(near.clusters.max()+1), unknown=unknown, compared_within=apart)
-    return out
+    return cfg.path(cfg.density_path)
 
 # %% ../nbs/01_prompts_density.ipynb #cell-19
 def read_density(

@@ -9,7 +9,7 @@ __all__ = ['DrawConfig', 'arm_exponents', 'Draws', 'policy_densities', 'stored_d
 from dataclasses import dataclass
 from typing import Literal
 import numpy as np
-from .arms import ArmConfig, exponent, first_exponent, fitting_density, prompt_weights
+from .arms import ArmConfig, exponent, first_exponent, fitting_density, given_exponent, prompt_weights
 from .config import Switch
 from .density import cluster
 from .dist import Ranks, gather, in_turn
@@ -31,6 +31,10 @@ class DrawConfig(ArmConfig):
     replacement:Switch = True # Whether a step may hold a prompt twice
     max_steps:int = 5000 # Rollouts, each of them one global draw
     prompts_per_step:int = 32 # Prompts a step, over all ranks
+
+    def check(self)->None:
+        super().check()
+        given_exponent(self.alpha_last, 'alpha_last')
 
 # %% ../nbs/core/46_draws.ipynb #cell-7
 def arm_exponents(

@@ -15,7 +15,7 @@ from .habits import HABITS
 from .logps import compute_context, token_facts
 from .models import model_name, save_model
 from .rollout import completion_uniforms
-from .runs import Run
+from .run_folders import Run
 from .stats import grouped_interval
 from .updates import Models, UpdateConfig, roll_out
 
@@ -27,7 +27,7 @@ class LookConfig(UpdateConfig):
     eval_prompts:int = 100 # Held-out prompts
     eval_samples:int = 4 # Completions of each held-out prompt
     keep_weights:Switch = where(False) # Whether each evaluation also keeps the policy, in snapshots/
-    device_batch_size:int = where(32) # Completions a forward pass; lower it when memory is short
+    device_batch_size:int = 32 # Completions per forward pass; lower it when memory is short; sums in another order round differently, so it is part of the science
 
 # %% ../nbs/core/53_looks.ipynb #cell-7
 def held_out_prompts(

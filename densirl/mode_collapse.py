@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from .artefacts import artefact_page, artefact_tables, human_completions, marked_examples, show_rates, suite_prompts
 from .checkers import language_tool
-from .config import StageConfig, science, where
+from .config import StageConfig, science, where, within
 from .density import read_density
 from .dist import join_ranks
 from .embed import embed_cached, load_embedder
@@ -29,7 +29,8 @@ from .models import load_policy, load_tokenizer, start_path
 from .policies import Policy, about_policy, find_runs, from_run, gold_rewards, read_completions, sample_prompts, shared_prompts, weights_by_step, with_looks
 from .prompt_sets import balanced_prompts, open_prompts, prompt_records
 from .rewards import load_judge
-from .runs import code_hash, input_hash, open_run, read_manifest, up_to_date
+from .run_folders import is_made, open_run
+from .runs import code_hash, input_hash, read_manifest
 from .sft import agreed_dtype
 
 # %% ../nbs/04_eval_mode_collapse.ipynb #cell-11
@@ -46,7 +47,7 @@ class EvalConfig(StageConfig):
     n_samples:int = 8 # Completions of each prompt
     max_prompt_tokens:int = 512 # Longer prompts are cut from the left
     max_new_tokens:int = 0 # Tokens of a completion; 0 takes as many as the policies were trained to write
-    temperature:float = 1. # Of the sampling
+    temperature:float = within('[0, inf)', 1.) # Of the sampling
     embedder:str = 'minilm' # What measures distances: minilm, tfidf, lm, or a sentence-transformers model
     second_embedder:str = 'tfidf' # What must agree with it in sign; vectors of tfidf depend on all texts of the evaluation
     languagetool_url:str = '' # LanguageTool server for grammar in many languages, such as http://localhost:8081; empty for none
@@ -60,7 +61,7 @@ class EvalConfig(StageConfig):
     prompts_path:str = where('.cache/data/prompts_all.jsonl') # Prompts, which know their folds
     density_path:str = where('.cache/data/density.parquet') # Neighbour distances
     pairs_path:str = where('.cache/data/pairs_all.jsonl') # Preference pairs, of which answers of Stack Exchange were written by people; for artefacts, where it is there
-    batch_size:int = where(8) # Prompts that are sampled or judged together
+    batch_size:int = 8 # Prompts that are sampled or scored together; sums in another order round differently, so it is part of the science
     out_path:str = where('outs/eval') # Where samples and measurements go; artefacts go to the folder of that name with _artefacts
 
     def patterns(self): return self.runs or (() if self.ckpt_paths or self.completions else ('outs/grpo','outs/grpo_baseline'))
@@ -223,11 +224,12 @@ def embeds(
 # %% ../nbs/04_eval_mode_collapse.ipynb #cell-23
 def write_diversity(
     cfg:EvalConfig, # Settings
+    out:Path, # Folder to write to
     samples:list, # From `judge_samples`
     prompts:list, # From `choose_prompts`
 )->dict: # What `eval.json` says besides policies and prompts
     "Write `per_prompt.jsonl` and `across.jsonl`, which comparisons read"
-    out,(name,digest,embed),(name_2,digest_2,second) = cfg.path(cfg.outputs()[0]),*(embeds(cfg, n) for n in (cfg.embedder, cfg.second_embedder))
+    (name,digest,embed),(name_2,digest_2,second) = (embeds(cfg, n) for n in (cfg.embedder, cfg.second_embedder))
     rows,gold = measure_prompts(samples, prompts, embed, second, cfg.max_words),[s['gold'] for s in reference_samples(samples) if 'gold' in s]
     write_jsonl(out/'per_prompt.jsonl', rows)
     write_jsonl(out/'across.jsonl', measure_piles(samples, cfg.words_each))
@@ -236,11 +238,12 @@ def write_diversity(
 
 def write_artefacts(
     cfg:EvalConfig, # Settings
+    out:Path, # Folder to write to
     samples:list, # From `judge_samples`
     prompts:list, # From `choose_prompts`
 )->dict: # What `eval.json` says besides policies and prompts
     "Write `artefacts.json`, and `artefacts.html` with the hits highlighted"
-    out,pairs,(name,digest,embed) = cfg.path(cfg.outputs()[0]),cfg.path(cfg.pairs_path),embeds(cfg, cfg.embedder)
+    pairs,(name,digest,embed) = cfg.path(cfg.pairs_path),embeds(cfg, cfg.embedder)
     human = human_completions(read_jsonl(pairs)) if pairs.exists() else []
     tables = artefact_tables(samples, prompts, embed, human, cfg.languagetool_url, cfg.max_words)
     write_json(out/'artefacts.json', tables)
@@ -255,23 +258,23 @@ def make_eval(
     cfg:EvalConfig, # Settings
 )->Path: # The folder of measurements
     "Write what policies said and what was measured: samples and prompts (JSON lines), eval.json, and the tables of the suite"
-    out = cfg.path(cfg.outputs()[0])
     for name,path in cfg.inputs().items(): name.startswith('hub') or need(cfg.path(path), name.split('_')[0])
-    if up_to_date(cfg): return out
+    if is_made(cfg): return cfg.path(cfg.outputs()[0])
     policies = find_policies(cfg)
     check_judges(cfg, policies)
     if cfg.languagetool_url: language_tool(cfg.languagetool_url)[0].check('Does it answer?', 'en')
     known,logs = our_prompts(cfg, policies)
     prompts = choose_prompts(cfg, policies, known, logs)
     with open_run(cfg) as run:
+        out = run.folder
         samples = judge_samples(cfg, gather_samples(cfg, policies, prompts), prompts)
         print(f'measuring {len(samples):,} completions of {len(prompts)} prompts by {len(policies)} policies', flush=True)
         could = {name:logs[name] for name,p in known.items() if p['fold']=='policy'}
         write_jsonl(out/'samples.jsonl', samples)
         write_jsonl(out/'prompts.jsonl', ({k:p[k] for k in PROMPT_FIELDS if k in p} for p in prompts))
         asked = dict(kind='looks' if cfg.samples=='looks' and cfg.patterns() else cfg.prompt_set, n=len(prompts), version=text_hash(' '.join(p['id'] for p in prompts))[:12])
-        found = dict(diversity=write_diversity, artefacts=write_artefacts)[cfg.suite](cfg, samples, prompts)
+        found = dict(diversity=write_diversity, artefacts=write_artefacts)[cfg.suite](cfg, out, samples, prompts)
         write_json(out/'eval.json', dict(policies=[about_policy(p, could) for p in policies], prompts=asked, settings=science(cfg), **found,
             density_embedder=read_manifest(cfg.path(cfg.density_path)).get('facts', {}).get('embedder', {}).get('name', '') if could else ''))
         run.facts.update(embedder=found['embedders'][0], prompts=asked)
-    return out
+    return cfg.path(cfg.outputs()[0])

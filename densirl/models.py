@@ -9,11 +9,12 @@ __all__ = ['TEMPLATE', 'BUILT_IN', 'quiet_transformers', 'convert_smollm2', 'sav
            'compute_dtype']
 
 # %% ../nbs/core/24_models.ipynb #cell-3
-import importlib.util, os, tempfile, time, warnings
+import importlib.util, os, time, warnings
 from functools import cache
 from pathlib import Path
 import torch
-from .files import need, read_json, write_json
+from .files import half_made, need, read_json, write_json
+from .run_folders import alone
 
 # %% ../nbs/core/24_models.ipynb #cell-5
 def quiet_transformers()->None:
@@ -55,10 +56,10 @@ def save_model(
     "Write model and tokenizer as a Hugging Face folder; each file is whole or absent"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as temp:
-        model.save_pretrained(temp)
-        tokenizer.save_pretrained(temp)
-        for file in sorted(Path(temp).iterdir()):
+    with half_made(folder, folder=True) as half:
+        model.save_pretrained(half)
+        tokenizer.save_pretrained(half)
+        for file in sorted(half.iterdir()):
             os.chmod(file, 0o644)
             os.replace(file, folder/file.name)
     if source: write_json(folder/'source.json', source)
@@ -113,10 +114,12 @@ def model_folder(
     "Where the weights are; the two built-in models are made on first use"
     if name not in BUILT_IN: return str(name)
     folder = Path(home)/name
-    if not (folder/'source.json').exists():
-        print(f'making {folder.name}, once', flush=True)
-        if name=='smollm2': convert_smollm2(folder)
-        else: make_tiny(folder, list(texts))
+    if (folder/'source.json').exists(): return str(folder)
+    with alone(folder, wait=True):
+        if not (folder/'source.json').exists():
+            print(f'making {folder.name}, once', flush=True)
+            if name=='smollm2': convert_smollm2(folder)
+            else: make_tiny(folder, list(texts))
     return str(folder)
 
 def model_name(

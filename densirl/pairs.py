@@ -10,7 +10,7 @@ import hashlib, json
 from pathlib import Path
 import torch
 from .dist import Ranks, gather, in_turn
-from .files import atomic, remove_halves
+from .files import atomic
 from .logps import compute_context, last_states, pack_groups
 from .models import encode_completion, encode_prompt, prompt_messages
 from .runs import code_hash
@@ -87,7 +87,6 @@ def kept_states(
         parts = gather(pair_states(model, encoded[ranks.rank::ranks.world], most, dtype, ranks.device), ranks)
         if ranks.main:
             states = torch.from_numpy(in_turn([p.numpy() for p in parts]))
-            remove_halves(path)
             with atomic(path, 'wb') as file: file.write(save(dict(states=states)))
         gather(None, ranks)
     return load_file(path)['states']

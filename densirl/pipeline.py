@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'SHOWN', 'make_inputs', 'Step', 'RunConfig', 'plan', 'expected_tokens', 'gigaflops', 'expected_seconds',
-           'step_sizes', 'is_done', 'show_plan', 'Job', 'start', 'show_progress', 'last_words', 'finish',
-           'side_by_side_jobs', 'run_all', 'main']
+           'step_sizes', 'ranks_of', 'is_finished', 'show_plan', 'Job', 'start', 'show_progress', 'last_words',
+           'finish', 'side_by_side_jobs', 'run_all', 'main']
 
 # %% ../nbs/core/91_pipeline.ipynb #cell-3
-import os, re, subprocess, sys, time
+import os, re, signal, subprocess, sys, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,21 +18,22 @@ from .compare import CompareConfig, make_compare
 from .config import StageConfig, cli_config, make_config, where
 from .data import DataConfig, PromptsConfig, make_data, make_prompts
 from .density import DensityConfig, make_density
-from .files import need, repo_root
+from .files import need, repo_root, sentence
 from .grpo import GrpoConfig, train_grpo
-from .launch import cpu_cores, stage_command, with_allocator
+from .launch import cpu_cores, spawn, stage_command
 from .looks import eval_steps
 from .mode_collapse import EvalConfig, make_eval
 from .report import DEMO, ReportConfig, make_report
 from .rm import RmConfig, train_rm
-from .runs import read_log, up_to_date
+from .run_folders import is_done, newest_log
 from .sft import SftConfig, train_sft
+from .status import CleanConfig, StatusConfig, clean, show_status
 from .trainer import duration
 
 # %% ../nbs/core/91_pipeline.ipynb #cell-6
 STAGES = dict(data=(DataConfig, make_data), prompts=(PromptsConfig, make_prompts), density=(DensityConfig, make_density),
     sft=(SftConfig, train_sft), rm=(RmConfig, train_rm), grpo=(GrpoConfig, train_grpo), eval=(EvalConfig, make_eval),
-    compare=(CompareConfig, make_compare), report=(ReportConfig, make_report), chat=(ChatConfig, run_chat))
+    compare=(CompareConfig, make_compare), report=(ReportConfig, make_report), chat=(ChatConfig, run_chat), status=(StatusConfig, show_status), clean=(CleanConfig, clean))
 
 # %% ../nbs/core/91_pipeline.ipynb #cell-8
 def make_inputs(
@@ -134,16 +135,23 @@ def step_sizes(
     return ', '.join(f'{k} {getattr(first, k)}' for k in SHOWN if hasattr(first, k) and not (k=='demo_pairs' and 'demo' not in first.paths()))
 
 # %% ../nbs/core/91_pipeline.ipynb #cell-17
-def is_done(
+def ranks_of(
+    stage:str, # Its name
+)->int: # At least 1
+    "Processes that a stage is started with here: one per GPU for those that train"
+    return max(1, torch.cuda.device_count()) if stage in ('sft','rm','grpo') else 1
+
+# %% ../nbs/core/91_pipeline.ipynb #cell-18
+def is_finished(
     step:Step, # A step of the plan
     notebooks:Path, # Where executed notebooks are kept
 )->bool: # Whether it can be skipped
     "Are all stages of the step up to date, and is its executed notebook there?"
     if step.notebook and not (notebooks/f'{step.name}.ipynb').exists(): return False
-    try: return all(up_to_date(c) for c in step.configs)
+    try: return all(is_done(c, ranks_of(c.stage)) for c in step.configs)
     except (FileNotFoundError, RuntimeError): return False
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-18
+# %% ../nbs/core/91_pipeline.ipynb #cell-19
 def show_plan(
     steps:list, # From `plan`
     notebooks:Path, # Where executed notebooks are kept
@@ -153,13 +161,13 @@ def show_plan(
     print(f'{"step":<29} {"expected":>8}  sizes')
     total = 0.
     for step in steps:
-        done = is_done(step, notebooks)
+        done = is_finished(step, notebooks)
         seconds = 0. if done else sum(expected_seconds(c, speed) for c in step.configs[:1])
         total += seconds
         print(f'{step.name:<29} {"done" if done else duration(seconds):>8}  {step_sizes(step)}'.rstrip())
     print(f'about {total/60:.0f} minutes at {speed:.0f} GFLOP/s, one step at a time; longer while other programs run')
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-20
+# %% ../nbs/core/91_pipeline.ipynb #cell-21
 @dataclass
 class Job:
     "A step that is running"
@@ -181,22 +189,20 @@ def start(
         command = [sys.executable, '-m', 'papermill', str(repo_root()/f'nbs/{step.notebook}.ipynb'), str(notebooks/f'{step.name}.ipynb'),
             '--log-output', '--no-progress-bar', '-k', 'python3', *words]
     else: command = stage_command(step.configs[0].stage, ['--force' if k=='force' else f'--{k}={v}' for k,v in step.given.items()],
-        max(1, torch.cuda.device_count()))
-    env = {**with_allocator(), 'OMP_NUM_THREADS':str(threads), 'PYTHONUNBUFFERED':'1', 'DENSIRL_ROOT':str(repo_root())}
+        ranks_of(step.configs[0].stage))
     log = notebooks/f'{step.name}.log'
     with open(log, 'w') as out:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=repo_root())
+        process = spawn(command, dict(OMP_NUM_THREADS=str(threads), DENSIRL_ROOT=str(repo_root())), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=repo_root())
     return Job(step, process, log, time.time())
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-21
+# %% ../nbs/core/91_pipeline.ipynb #cell-22
 def show_progress(
     job:Job, # A running step
 )->None:
     "Print the newest metrics of a training stage, about ten times a run"
     first = job.step.configs[0]
     folder = first.path(first.outputs()[0])
-    newest = folder/'metrics.jsonl'
-    records = read_log(folder) if not folder.suffix and newest.exists() and newest.stat().st_mtime>=job.began else []
+    records = newest_log(folder, job.began)
     if not records: return
     last = records[-1]
     every = 1 if sys.stdout.isatty() else max(1, last['of']//10)
@@ -207,7 +213,7 @@ def show_progress(
     bar = ('█'*(20*last['step']//last['of'])).ljust(20, '·')
     print(f'   {folder.name:<14} {bar} {last["step"]}/{last["of"]}  {text}  {duration(left)} left', flush=True)
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-24
+# %% ../nbs/core/91_pipeline.ipynb #cell-25
 def last_words(
     log:str, # What a process printed
     lines:int=15, # Lines to show where no error can be told
@@ -218,7 +224,7 @@ def last_words(
     found = said[errors[-1]:] if errors and len(said)-errors[-1]<=lines else said[-lines:]
     return '\n'.join(found)
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-26
+# %% ../nbs/core/91_pipeline.ipynb #cell-27
 def finish(
     jobs:list, # Running steps
 )->None:
@@ -239,7 +245,7 @@ def finish(
             raise RuntimeError(f'{job.step.name} failed: {last_words(job.log.read_text(errors="replace"))}\nAll of it is in {job.log}')
         print(f'{job.step.name}: done in {duration(time.time()-job.began)}', flush=True)
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-28
+# %% ../nbs/core/91_pipeline.ipynb #cell-29
 def side_by_side_jobs(
     asked:int, # What the user said; 0 leaves it to us
     cores:int, # Cores of this machine
@@ -249,7 +255,7 @@ def side_by_side_jobs(
     "How many arms train side by side"
     return asked or (2 if cores>=2 and gigabytes>=12 and gpus==0 else 1)
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-29
+# %% ../nbs/core/91_pipeline.ipynb #cell-30
 def run_all(
     cfg:RunConfig, # Settings of the whole run
 )->None:
@@ -265,7 +271,7 @@ def run_all(
         many = jobs if steps[0].notebook=='03_grpo' else 1
         now = [s for s in steps[:many] if s.notebook==steps[0].notebook]
         steps = steps[len(now):]
-        todo = [s for s in now if not is_done(s, notebooks)]
+        todo = [s for s in now if not is_finished(s, notebooks)]
         for s in now:
             sizes = f' ({step_sizes(s)})' if step_sizes(s) else ''
             print(f'{s.name}: '+(f'running{sizes}' if s in todo else 'up to date, skipped'), flush=True)
@@ -273,13 +279,14 @@ def run_all(
     out = cfg.path('outs')
     print(f'finished in {duration(time.time()-began)}\nreport    {out/"report/report.html"}\nsummary   {out/"report/summary.json"}\nnotebooks {notebooks}')
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-30
+# %% ../nbs/core/91_pipeline.ipynb #cell-31
 def main()->None:
     "What `./run_all.sh` calls"
-    cfg = cli_config(RunConfig, sys.argv[1:], './run_all.sh')
-    try: run_all(cfg)
+    def stop(*_): raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, stop)
+    try: run_all(cli_config(RunConfig, sys.argv[1:], './run_all.sh'))
     except KeyboardInterrupt: sys.exit('run_all: stopped; the same command goes on with the step that was running')
-    except (FileNotFoundError, RuntimeError, ValueError) as error: sys.exit(f'run_all: {error}')
+    except (OSError, RuntimeError, ValueError) as error: sys.exit(f'run_all: {sentence(error)}')
 
-# %% ../nbs/core/91_pipeline.ipynb #cell-32
+# %% ../nbs/core/91_pipeline.ipynb #cell-33
 if __name__=='__main__' and '__file__' in globals(): main()

@@ -195,4 +195,4 @@ def about_policy(
     "What a comparison must know of a policy"
     m,drawn = policy.manifest,read_log(policy.folder, 'draws') if policy.manifest.get('stage')=='grpo' and could else []
     facts = {k:v for k,v in m.get('facts', {}).items() if k in ('dtype','model','reward_model','alpha','effective_share')}
-    return dict(name=policy.name, arm=policy.arm, seed=policy.seed, **{k:m[k] for k in ('stage','digest','config','inputs','code','plan','environment','profile') if k in m}, **facts, **(dict(draws=describe_draws(drawn, could)) if drawn else {}))
+    return dict(name=policy.name, arm=policy.arm, seed=policy.seed, **{k:m[k] for k in ('stage','digest','config','inputs','code','ranks','plan','environment','profile') if k in m}, **facts, **(dict(draws=describe_draws(drawn, could)) if drawn else {}))

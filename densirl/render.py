@@ -5,7 +5,10 @@
 # %% auto #0
 __all__ = ['fill_template']
 
-# %% ../nbs/core/28_render.ipynb #cell-5
+# %% ../nbs/core/28_render.ipynb #cell-3
+from .text import visible
+
+# %% ../nbs/core/28_render.ipynb #cell-6
 def fill_template(
     name:str, # File in `densirl/templates`
     **values, # What the template shows
@@ -14,4 +17,4 @@ def fill_template(
     from jinja2 import Environment, PackageLoader, StrictUndefined
     pages = Environment(loader=PackageLoader('densirl'), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pages.policies['json.dumps_kwargs'] = dict(sort_keys=False)
-    return pages.get_template(name).render(**values)
+    return visible(pages.get_template(name).render(**values))

@@ -16,10 +16,11 @@ import numpy as np
 from .artefacts import marked_examples
 from .config import StageConfig, where
 from .files import atomic, need, read_json, read_jsonl, write_json
+from .maps import plain_label
 from .measures import last_steps
 from .prompt_sets import spread
 from .render import fill_template
-from .runs import open_run, up_to_date
+from .run_folders import is_made, open_run
 
 # %% ../nbs/core/80_report.ipynb #cell-5
 COLOURS = dict(density='#0072B2', uniform='#D55E00', placebo='#777777', placebo_strata='#999999', pairs='#009E73', dense='#CC79A7')
@@ -31,7 +32,7 @@ LABELS = dict(diversity='diversity', diversity_body='diversity without opener', 
 def arm_label(
     arm:str, # Name of an arm
 )->str: # For people
-    "What an arm is called in words"
+    "What an arm is called in words, for text and for figures"
     return NAMES.get(arm, arm)
 
 # %% ../nbs/core/80_report.ipynb #cell-7
@@ -92,8 +93,8 @@ def plot_curves(
             for arm in dict.fromkeys(c['arm'] for c in curves):
                 mine,colour = [c for c in curves if (c['arm'],c['region'])==(arm, region)],COLOURS.get(arm, '#222222')
                 several = len(mine)>1 and len({tuple(c['steps']) for c in mine})==1
-                for c in mine: ax.plot(c[over], c[metric], color=colour, lw=.7 if several else 1.5, marker='o', ms=2 if several else 4, alpha=.5 if several else 1, label=None if several else arm_label(arm))
-                if several: ax.plot(np.mean([c[over] for c in mine], 0), np.mean([c[metric] for c in mine], 0), color=colour, lw=2, label=arm_label(arm))
+                for c in mine: ax.plot(c[over], c[metric], color=colour, lw=.7 if several else 1.5, marker='o', ms=2 if several else 4, alpha=.5 if several else 1, label=None if several else plain_label(arm_label(arm)))
+                if several: ax.plot(np.mean([c[over] for c in mine], 0), np.mean([c[metric] for c in mine], 0), color=colour, lw=2, label=plain_label(arm_label(arm)))
     for ax,region in zip(axes[0], regions): ax.set(title=region if region!='all' else '')
     for ax in axes[-1]: ax.set(xlabel=LABELS.get(over, over))
     handles,labels = axes[0,0].get_legend_handles_labels()
@@ -123,7 +124,7 @@ def plot_intervals(
     reach = np.maximum(np.abs(low), np.abs(high))
     limit = 1.05*min(reach.max(), max(4*np.median(reach), 1.5*np.abs(mean).max())) or 1.
     ax.axvline(0, color='grey', lw=.8)
-    ax.set(yticks=at, yticklabels=[name for name,_ in rows], xlabel=label, ylim=(-.6,len(rows)-.4), xlim=(-limit,limit))
+    ax.set(yticks=at, yticklabels=[plain_label(name) for name,_ in rows], xlabel=plain_label(label), ylim=(-.6,len(rows)-.4), xlim=(-limit,limit))
     ax.spines[['top','right']].set_visible(False)
     return fig
 
@@ -237,14 +238,13 @@ def make_report(
     cfg:ReportConfig, # Settings
 )->Path: # The folder of the report
     "Write `report.html` and `summary.json`"
-    out = cfg.path(cfg.out_path)
     for kind,path in cfg.inputs().items(): need(cfg.path(path), kind)
-    if up_to_date(cfg): return out
+    if is_made(cfg): return cfg.path(cfg.out_path)
     with open_run(cfg) as run:
         summary,folder = gather_summary(cfg),cfg.path(cfg.eval_path)
         rows = side_by_side(list(read_jsonl(folder/'samples.jsonl')), list(read_jsonl(folder/'prompts.jsonl')), {arm:names[0] for arm,names in summary['arms'].items()})
-        write_json(out/'summary.json', summary)
+        write_json(run.folder/'summary.json', summary)
         artefacts = read_artefacts(cfg.path(cfg.artefacts_path), read_json(folder/'eval.json')['policies'], {r['name'] for r in summary['runs']})
-        with atomic(out/'report.html') as file: file.write(render(summary=summary, figures=report_figures(summary), rows=rows, artefacts=artefacts))
+        with atomic(run.folder/'report.html') as file: file.write(render(summary=summary, figures=report_figures(summary), rows=rows, artefacts=artefacts))
         run.facts.update(summary['used'])
-    return out
+    return cfg.path(cfg.out_path)

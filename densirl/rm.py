@@ -14,17 +14,17 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from .arms import ArmConfig, fitting_density, pair_weights
-from .config import science, where
+from .config import science, where, within
 from .data import read_folds, select_pairs
 from .dist import Ranks, gather, in_turn, join_ranks, mean_of
 from .files import atomic, read_jsonl
-from .heads import aspects_of, head_names, head_weights, own_rewards, prepare_model
+from .heads import aspects_of, head_names, head_seed, head_weights, own_rewards, prepare_model
 from .judging import judge_facts, judge_line, judge_table
 from .logps import compute_context, completion_rewards, pack_groups, rewards_of
 from .models import load_reward_model, load_tokenizer, model_input, model_name, save_model, separate_padding, start_path
 from .objectives import preference_loss
 from .pairs import encode_pairs, kept_states, length_parts, pair_lengths, pair_states, pass_tokens
-from .runs import open_run
+from .run_folders import open_run
 from .sampler import epoch_batches, rank_slice
 from .sft import agreed_dtype, skip_stage
 from .trainer import Progress, make_optimizer, memory_help, optimizer_step, resume_training, save_training
@@ -43,10 +43,10 @@ class RmConfig(ArmConfig):
     density_by:Literal['sampling','loss'] = 'sampling' # Whether density decides how often a pair is drawn, or how much it counts
     max_steps:int = 1000 # Optimiser steps
     batch_size:int = 32 # Pairs a step, over all ranks
-    learning_rate:float = 1e-4 # AdamW's step size
+    learning_rate:float = within('[0, inf)', 1e-4) # AdamW's step size
     margin:float = 0. # Lead that every chosen completion should have
-    smoothing:float = 0. # Assumed share of wrong labels, below 0.5
-    centring:float = 0. # Weight of the pull of each pair's rewards towards zero
+    smoothing:float = within('[0, .5)', 0.) # Assumed share of wrong labels, below 0.5
+    centring:float = within('[0, inf)', 0.) # Weight of the pull of each pair's rewards towards zero
     heads:Literal['one','source'] = 'one' # One reward, or one for each source
     ensemble:int = 1 # Members of each head, each with its own sample of the pairs
     max_prompt_tokens:int = 512 # Longer prompts are cut from the left
@@ -55,7 +55,7 @@ class RmConfig(ArmConfig):
     held_out:int = 512 # Pairs of the eval fold to judge it by, at most
     eval_every:int = 250 # Steps between looks at the held-out pairs
     save_every:int = where(250) # Steps between checkpoints
-    device_batch_size:int = where(32) # Pairs a forward pass at most; lower it when memory is short
+    device_batch_size:int = 32 # Pairs per forward pass at most; lower it when memory is short; sums in another order round differently, so it is part of the science
     sft_ckpt_path:str = where('outs/sft') # Backbone: an SFT run, a Hugging Face folder or a hub name
     pairs_path:str = where('.cache/data/pairs_all.jsonl') # Pairs to read
     out_path:str = where('') # Run folder, a Hugging Face folder; empty is outs/rm, or outs/rm_gold for the gold fold
@@ -223,7 +223,7 @@ def train_rm(
     with open_run(cfg, ranks.main) as run, memory_help(SMALLER):
         pairs,held_out = proxy_and_held_out(cfg)
         tokenizer,names = load_tokenizer(start),rm_heads(cfg, pairs)
-        model,finish = prepare_model(load_reward_model(start, device=ranks.device, seed=cfg.seed, heads=tuple(names)), cfg.train, cfg.lora_rank)
+        model,finish = prepare_model(load_reward_model(start, device=ranks.device, seed=head_seed(cfg.seed, cfg.fold), heads=tuple(names)), cfg.train, cfg.lora_rank)
         separate_padding(model, tokenizer)
         optimizer = make_optimizer(model, cfg.learning_rate)
         done,kept = resume_training(run, model, optimizer, ranks)
@@ -243,6 +243,6 @@ def train_rm(
         if ranks.main:
             for pair,two in zip(held_out, own.tolist()): run.log('margins', id=pair['id'], margin=two[0]-two[1], rewards=two)
             run.facts.update(facts, model=model_name(start), dtype=str(dtype), pairs=len(pairs), heads=names, sources=sorted({p.get('src', '') for p in pairs}))
-            write_rm(cfg, out, finish(), tokenizer, run.facts)
+            write_rm(cfg, run.folder, finish(), tokenizer, run.facts)
             print(judge_line(facts), flush=True)
     return out

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 import torch
-from .config import StageConfig, where
+from .config import StageConfig, where, within
 from .data import read_folds, select_pairs
 from .dist import Ranks, gather, join_ranks, mean_of
 from .files import read_json, read_jsonl, repo_root, write_json
 from .logps import compute_context, pack_groups, token_facts
 from .models import (BUILT_IN, compute_dtype, encode_completion, encode_prompt, load_policy, load_tokenizer,
     model_folder, model_input, model_name, prompt_messages, save_model, start_path)
-from .runs import open_run, up_to_date
+from .run_folders import is_made, open_run
 from .sampler import epoch_batches, rank_slice
 from .trainer import Progress, make_optimizer, optimizer_step
 
@@ -33,10 +33,10 @@ class SftConfig(StageConfig):
     model:str = 'smollm2' # Start from smollm2 (built in), a Hugging Face folder, or a hub name
     max_steps:int = 1000 # Optimiser steps
     batch_size:int = 32 # Completions a step, over all ranks
-    learning_rate:float = 2e-5 # AdamW's step size
+    learning_rate:float = within('[0, inf)', 2e-5) # AdamW's step size
     max_prompt_tokens:int = 512 # Longer prompts are cut from the left
     max_completion_tokens:int = 256 # Longer completions are cut from the right
-    device_batch_size:int = where(32) # Completions a forward pass; lower it when memory is short
+    device_batch_size:int = 32 # Completions per forward pass; lower it when memory is short; sums in another order round differently, so it is part of the science
     pairs_path:str = where('.cache/data/pairs_all.jsonl') # Pairs to read
     prompts_path:str = where('.cache/data/prompts_all.jsonl') # Prompts of the pairs, which know their folds
     out_path:str = where('outs/sft') # Run folder, a Hugging Face folder
@@ -84,7 +84,7 @@ def skip_stage(
     ranks:Ranks, # Who we are
 )->bool: # The same on every rank
     "Whether there is nothing to do, as the main rank sees it"
-    return gather(up_to_date(cfg) if ranks.main else None, ranks)[0]
+    return gather(is_made(cfg) if ranks.main else None, ranks)[0]
 
 # %% ../nbs/core/45_sft.ipynb #cell-11
 def train_sft(
@@ -112,6 +112,6 @@ def train_sft(
             progress.step(step, ('loss',), loss=loss, grad_norm=norm, tokens=tokens)
         progress.close()
         if ranks.main:
-            save_model(model, tokenizer, out, name=model_name(folder))
+            save_model(model, tokenizer, run.folder, name=model_name(folder))
             run.facts.update(model=model_name(folder), pairs=len(pairs), dtype=str(dtype), loss=loss)
     return out

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 import numpy as np
 import torch
-from .config import Switch
+from .config import Switch, within
 from .dist import Ranks, mean_of
 from .draws import DrawConfig
 from .habits import HABITS, habit_rate
@@ -28,16 +28,16 @@ from .trainer import optimizer_step
 class UpdateConfig(DrawConfig):
     "What decides how a policy learns from its completions"
     group_size:int = 8 # Completions of each prompt
-    learning_rate:float = 1e-5 # AdamW's step size
+    learning_rate:float = within('[0, inf)', 1e-5) # AdamW's step size
     variant:Variant = 'grpo' # Which objective; published with: dr_grpo --advantages centred, dapo --clip_high .28 --beta 0 --cut_counts=False, gspo --clip_low 3e-4 --clip_high 4e-4
     advantages:Literal['std','centred','rloo'] = 'std' # A reward in its group's standard deviations, as it is, or beside the others
-    beta:float = .1 # Weight of the distance to the reference
+    beta:float = within('[0, inf)', .1) # Weight of the distance to the reference
     kl:Literal['k1','k2','k3','exact'] = 'k3' # How the distance is taken: an estimate from the sampled token, or over the whole vocabulary
     kl_in:Literal['loss','reward'] = 'loss' # Where the distance counts; in the reward only k1 aims at the divergence
     kl_ratio:Switch = False # Multiply an estimate in the loss by the ratio, which turns its pull into the divergence's own
-    kl_target:float = 0. # Nats a completion that beta is steered to; 0 keeps beta as it is
-    clip_low:float = .2 # How far below 1 a ratio may fall; with one update a rollout it stays at 1
-    clip_high:float = .2 # How far above 1 a ratio may rise; with one update a rollout it stays at 1
+    kl_target:float = within('[0, inf)', 0.) # Nats a completion that beta is steered to; 0 keeps beta as it is
+    clip_low:float = within('[0, inf)', .2) # How far below 1 a ratio may fall; with one update a rollout it stays at 1
+    clip_high:float = within('[0, inf)', .2) # How far above 1 a ratio may rise; with one update a rollout it stays at 1
     updates:int = 1 # Optimiser steps on each rollout
     entropy_bonus:float = 0. # Weight of the mean entropy of tokens, for comparison
     diversity_bonus:float = 0. # Weight of the share of a group's other completions that differ, for comparison

@@ -381,19 +381,21 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path/'.cache/data/pairs_all.jsonl').read_bytes() == before
 
 def test_killed_while_writing(tmp_path):
+    write(tmp_path/'small.jsonl', [plain(0)])
+    read(tmp_path, jsonl_path=tmp_path/'small.jsonl')
     write(tmp_path/'big.jsonl', [plain(i, chosen=f'Pike {i} '*200) for i in range(12_000)])
     out = tmp_path/'.cache/data/pairs_all.jsonl'
-    out.parent.mkdir(parents=True)
-    out.write_text('the old file')
+    old = out.read_bytes()
     command = [sys.executable, '-m', 'densirl.cli', 'data', f'--jsonl_path={tmp_path/"big.jsonl"}', f'--root={tmp_path}']
     for moment in (1, 12_000_000):
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while sum(f.stat().st_size for f in out.parent.glob('.pairs_all.jsonl.*')) < moment:
+        while sum(f.stat().st_size for f in out.parent.rglob('.pairs_all.jsonl.half-*')) < moment:
             assert process.poll() is None, 'it ended before it could be killed'
             time.sleep(.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert out.read_text() == 'the old file'
+        assert out.read_bytes() == old
     assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
     assert sum(1 for _ in read_jsonl(out)) == 12_000
-    assert not list(out.parent.glob('.pairs_all*')), 'what the killed runs left is gone'
+    assert not list(out.parent.rglob('*.half-*')), 'what the killed runs left is gone'
+    assert [f.read_bytes() for f in out.parent.glob('.pairs_all.jsonl.runs/*/pairs_all.jsonl')] == [old], 'what was there before is kept'

@@ -32,7 +32,7 @@ def test_every_embedder_goes_through_the_stage(tiny_run, tmp_path, embedder, nam
     out = density_of(tmp_path, write_prompts(tmp_path, ENGLISH), **given)
     facts = read_manifest(out)['facts']
     assert facts['embedder']['name'] == name and facts['prompts'] == 30
-    rows = np.load(tmp_path/'.cache/data/embeddings.npy')
+    rows = np.load(tmp_path/'.cache/data/density.embeddings.npy')
     assert rows.shape == (30, width)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-4)
     assert len(read_density(out)) == 30 and len(read_clusters(out)) == 30
@@ -104,4 +104,4 @@ def test_the_map_escapes_prompts():
 @pytest.mark.parametrize('flag', [dict(recall=0.), dict(recall=1.5), dict(unknown_limit=2.)], ids=str)
 def test_shares_that_are_none_are_refused_at_once(tmp_path, flag):
     write_prompts(tmp_path, ['A?', 'B?', 'C?'])
-    with pytest.raises(ValueError, match='give shares'): make_density(make_config(DensityConfig, 'demo', root=str(tmp_path), **flag))
+    with pytest.raises(ValueError, match='give a number in'): make_density(make_config(DensityConfig, 'demo', root=str(tmp_path), **flag))

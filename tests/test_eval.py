@@ -19,7 +19,7 @@ from densirl.files import read_json, read_jsonl, write_jsonl
 from densirl.lexical import pile_facts, self_bleu
 from densirl.mode_collapse import EvalConfig
 from densirl.report import ReportConfig, make_report
-from densirl.runs import open_run
+from densirl.run_folders import open_run
 from densirl.simulate import simulated_study
 from densirl.verdict import Plan, decide, estimates, is_gain
 
@@ -129,17 +129,17 @@ class Toy(StageConfig):
 def test_a_plan_is_not_noted_after_the_run_has_begun(tmp_path):
     (tmp_path/'plan.json').write_text('{}')
     planned = Toy(root=str(tmp_path), plan_path='plan.json')
-    def begin(cfg):
+    def begin(cfg, step=1):
         with pytest.raises(KeyboardInterrupt), open_run(cfg) as run:
-            (run.folder/'checkpoint/step_1').mkdir(parents=True, exist_ok=True)
+            (run.folder/f'checkpoint/step_{step}').mkdir(parents=True, exist_ok=True)
             raise KeyboardInterrupt
-        return read_json(tmp_path/'out/manifest.json')
+        return read_json(run.folder/'manifest.json')
     assert 'plan' not in begin(Toy(root=str(tmp_path)))
     assert 'plan' not in begin(planned)
-    assert begin(replace(planned, force=True))['plan']['commit'] == ''
+    first = begin(replace(planned, force=True), step=2)['plan']
+    assert first['commit'] == ''
     (tmp_path/'plan.json').write_text('{"seeds": 9}')
-    first = read_json(tmp_path/'out/manifest.json')['plan']
-    assert begin(planned)['plan'] == first
+    assert begin(planned, step=3)['plan'] == first
 
 
 # -- from the command line

@@ -11,7 +11,8 @@ from densirl.config import cli_config, config_flags, make_config
 from densirl.files import read_jsonl
 from densirl.grpo import GrpoConfig, first_policy, load_models, train_grpo
 from densirl.rollout import completion_uniforms, pick_tokens
-from densirl.runs import checkpoint_home, read_log, read_manifest
+from densirl.run_folders import own_folder
+from densirl.runs import checkpoint_home, read_log, read_manifest, run_key
 from densirl.updates import UpdateConfig, merge_rollouts, roll_out, rollout_metrics, sampled_facts
 
 def config(root, name, **given): return make_config(GrpoConfig, 'test', **{'root': str(root), 'out_dir': f'outs/policies/{name}', **given})
@@ -84,7 +85,8 @@ def start(cfg, after=2):
     "The command line in a process of its own, once it has a checkpoint of a step"
     env = os.environ | {'DENSIRL_ROOT': str(ROOT), 'OMP_NUM_THREADS': '1'}
     process = subprocess.Popen([sys.executable, '-m', 'densirl.cli', 'grpo', *config_flags(cfg)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None and not (checkpoint_home(cfg.path(cfg.out_dir))/f'step_{after:08d}').exists(): time.sleep(.002)
+    home = checkpoint_home(own_folder(cfg, run_key(cfg)))
+    while process.poll() is None and not (home/f'step_{after:08d}').exists(): time.sleep(.002)
     return process
 
 @pytest.fixture(scope='module')
@@ -103,10 +105,11 @@ def test_a_stopped_run_goes_on_to_the_same_end(tiny_run, whole, how, after):
         assert process.returncode == 0
         words = shlex.split(re.search('resume with: densirl grpo (.*)', said)[1])
         cfg = cli_config(GrpoConfig, words, 'densirl grpo')
-    assert read_manifest(out)['status'] == 'running' and checkpoint_home(out).exists()
+    begun = own_folder(cfg, run_key(cfg))
+    assert read_manifest(begun)['status'] == 'running' and checkpoint_home(begun).exists() and not out.exists()
     torch.set_num_threads(1)
     train_grpo(cfg)
-    assert read_manifest(out)['status'] == 'complete' and not checkpoint_home(out).exists()
+    assert read_manifest(out)['status'] == 'complete' and not checkpoint_home(out).exists() and not begun.parent.exists()
     assert steps(out) == steps(whole) and same(out, whole)
     for log in ('draws', 'samples', 'held_out'): assert read_log(out, log) == read_log(whole, log), log
 
@@ -168,7 +171,7 @@ def test_flat_groups_are_replaced_and_said(tiny_run, tmp_path, monkeypatch, kl):
     assert sum(len(d['flat']) for d in without) > sum(len(d['flat']) for d in replaced) and any(d['replaced'] for d in replaced)
     assert not any(d['replaced'] for d in without)
 
-@pytest.mark.parametrize('given, said', [(dict(rewards='no.such=1'), 'no function'), (dict(group_size=1), 'at least 2'), (dict(updates=0), 'at least 1'), (dict(beta=float('nan')), 'beta is nan'), (dict(rewards='rm=1,rm=2'), 'once'), (dict(eval_every=0), 'eval_every is 0'), (dict(objective='pairwise', updates=3), '--updates belong'), (dict(resample=1, replacement=False), 'leave one'), (dict(kl_target=1., beta=0.), 'nothing to steer'),
+@pytest.mark.parametrize('given, said', [(dict(rewards='no.such=1'), 'no function'), (dict(group_size=1), 'at least 2'), (dict(updates=0), 'updates is 0'), (dict(beta=float('nan')), 'beta is nan'), (dict(rewards='rm=1,rm=2'), 'once'), (dict(eval_every=0), 'eval_every is 0'), (dict(objective='pairwise', updates=3), '--updates belong'), (dict(resample=1, replacement=False), 'leave one'), (dict(kl_target=1., beta=0.), 'nothing to steer'),
     (dict(kl_ratio=True, kl='exact'), 'leave it out'), (dict(objective='pairwise', rewards='math_rewards.length=1'), 'head of a reward model alone'), (dict(max_new_tokens=4000), 'reads 1024 tokens'), (dict(eval_prompts=10**6), 'lower --eval_prompts')], ids=str)
 def test_bad_settings_are_a_sentence(tiny_run, given, said):
     with pytest.raises(ValueError, match=said): train_grpo(config(tiny_run, 'bad', **given))

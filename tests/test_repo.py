@@ -11,7 +11,7 @@ BIN = Path(sys.executable).parent
 FLOORS = dict(
     text=0, files=0, config=.5,
     runs=1, launch=1, stats=1, weights=1, estimators=1, rates=1.3, sampler=1.5, tally=1,
-    crossed=1.2, curves=1.2, verdict=1.4, simulate=1.5,
+    run_folders=1.2, crossed=1.2, curves=1.2, verdict=1.4, simulate=1.5,
     corpus=2, checkpoints=2, objectives=2, habits=2, embed=2.2, dist=2, models=2, attention=2, vocab=2, decode=2.1, logps=2.1, shapes=2, near=2, guards=2, neighbours=2.2,
     sources=2.2, data=2.5, maps=2.5, judging=2.5, heads=2, pairs=2.5,
     lexical=2, controls=2.1, diversity=2.1, prompt_sets=2, measures=2.5, render=2,
@@ -21,7 +21,7 @@ FLOORS = dict(
     rm=5, rewards=5, draws=5, updates=5.4, looks=5.5, pairwise=5.6,
     grpo=6, policies=6,
     mode_collapse=7, compare=7.5,
-    report=8, chat=8, pipeline=8.5,
+    report=8, chat=8, status=8, pipeline=8.5,
     cli=9, papermill_hook=9,
 )
 LIGHT = {'fastcore', 'numpy', 'scipy'}                    # all that floors 0 and 1 may import besides the standard library

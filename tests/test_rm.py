@@ -18,7 +18,8 @@ from densirl.models import load_reward_model, load_tokenizer
 from densirl.pairs import encode_pairs
 from densirl.rewards import load_judge, score_groups
 from densirl.rm import Lessons, RmConfig, add_gradients, held_out_rewards, make_lessons, proxy_and_held_out, train_rm
-from densirl.runs import checkpoint_home, read_log, read_manifest
+from densirl.run_folders import own_folder, runs_of
+from densirl.runs import checkpoint_home, read_log, read_manifest, run_key
 
 def config(root, name, **given): return make_config(RmConfig, 'test', **{'root': str(root), 'out_path': f'outs/rms/{name}', **given})
 def weights(folder): return load_file(folder/'model.safetensors')
@@ -93,13 +94,14 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny_run, train):
     out = cfg.path(cfg.out_path)
     env = os.environ | {'DENSIRL_ROOT': str(ROOT), 'OMP_NUM_THREADS': '1'}
     process = subprocess.Popen([sys.executable, '-m', 'densirl.cli', 'rm', *config_flags(cfg)], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(checkpoint_home(out).glob('step_*')): time.sleep(.01)
+    begun = own_folder(cfg, run_key(cfg))
+    while process.poll() is None and not list(checkpoint_home(begun).glob('step_*')): time.sleep(.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert read_manifest(out)['status'] == 'running'
+    assert read_manifest(begun)['status'] == 'running' and not out.exists()
     torch.set_num_threads(1)
     train_rm(cfg)
-    assert read_manifest(out)['status'] == 'complete' and not checkpoint_home(out).exists()
+    assert read_manifest(out)['status'] == 'complete' and not checkpoint_home(out).exists() and not begun.exists()
     assert steps(out) == steps(whole)
     assert read_log(out, 'margins') == read_log(whole, 'margins')
     assert all(torch.equal(v, weights(whole)[k]) for k, v in weights(out).items())
@@ -107,13 +109,13 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny_run, train):
 def test_an_exploding_run_stops_with_its_last_good_checkpoint(tiny_run):
     cfg = config(tiny_run, 'exploding', learning_rate=1e4, train='head', max_steps=30, save_every=1)
     with pytest.raises(FloatingPointError, match='lower --learning_rate'): train_rm(cfg)
-    kept = list(checkpoint_home(cfg.path(cfg.out_path)).glob('step_*/tensors.safetensors'))
+    kept = list(checkpoint_home(own_folder(cfg, run_key(cfg))).glob('step_*/tensors.safetensors'))
     assert len(kept) == 1 and all(t.isfinite().all() for t in load_file(kept[0]).values())
 
 def test_another_setting_does_not_go_on_from_an_old_checkpoint(tiny_run):
     cfg = config(tiny_run, 'exploding', train='head', learning_rate=1e-3, max_steps=3)
     out = train_rm(cfg)
-    assert [r['step'] for r in read_log(out)] == [1, 2, 3] and checkpoint_home(out.parent/'.exploding.half').exists()
+    assert [r['step'] for r in read_log(out)] == [1, 2, 3] and [len(list(run.glob('step_*'))) for run in runs_of(out).glob('*/checkpoint')] == [1]
 
 def test_many_heads_open_with_transformers_and_score_the_same(tiny_run):
     out = train_rm(config(tiny_run, 'many', heads='source', ensemble=3))
@@ -161,10 +163,11 @@ def test_held_out_pairs_come_from_all_of_the_fold(tiny_run):
 def test_a_run_killed_within_its_first_checkpoint_begins_again(tiny_run):
     cfg = config(tiny_run, 'early', max_steps=6, save_every=3)
     out = train_rm(cfg)
-    expected = steps(out)
-    manifest = json.loads((out/'manifest.json').read_text())
-    (out/'manifest.json').write_text(json.dumps(manifest | dict(status='running')))
-    (checkpoint_home(out)/'half.x').mkdir(parents=True)
+    expected, begun = steps(out), own_folder(cfg, run_key(cfg))
+    begun.parent.mkdir(); out.rename(begun)
+    manifest = json.loads((begun/'manifest.json').read_text())
+    (begun/'manifest.json').write_text(json.dumps(manifest | dict(status='running')))
+    (checkpoint_home(begun)/'.step_00000003.half-x').mkdir(parents=True)
     assert steps(train_rm(cfg)) == expected
 
 def test_a_checkpoint_without_its_logs_is_refused(tiny_run, monkeypatch):
@@ -173,7 +176,7 @@ def test_a_checkpoint_without_its_logs_is_refused(tiny_run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr('densirl.rm.write_rm', stop)
         with pytest.raises(KeyboardInterrupt): train_rm(cfg)
-    (cfg.path(cfg.out_path)/'metrics.jsonl').write_text('')
+    (own_folder(cfg, run_key(cfg))/'metrics.jsonl').write_text('')
     with pytest.raises(ValueError, match='shorter than at the last checkpoint'): train_rm(cfg)
 
 def test_an_isolated_prompt_weighs_at_least_as_much_as_a_crowded_one(tiny_run):
@@ -191,6 +194,7 @@ def test_a_rank_without_pairs_has_nothing_to_do():
     assert add_gradients(RmConfig(), None, lessons, [], torch.float32, 'cpu').tolist() == [0, 0, 0, 0]
 
 def test_another_stages_folder_is_not_overwritten(tiny_run):
-    before = read_manifest(tiny_run/'outs/sft')
-    with pytest.raises(ValueError, match='holds a run of the stage sft'): train_rm(config(tiny_run, 'x', out_path='outs/sft'))
-    assert read_manifest(tiny_run/'outs/sft') == before
+    before = {name: read_manifest(tiny_run/f'outs/{name}') for name in ('sft', 'grpo')}
+    with pytest.raises(ValueError, match='holds a run of the stage grpo'): train_rm(config(tiny_run, 'x', out_path='outs/grpo'))
+    with pytest.raises(ValueError, match='apart from what it reads'): train_rm(config(tiny_run, 'x', out_path='outs/sft'))
+    assert {name: read_manifest(tiny_run/f'outs/{name}') for name in before} == before
