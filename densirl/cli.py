@@ -74,7 +74,8 @@ def main()->None:
     except KeyboardInterrupt: sys.exit(f'densirl {name}: stopped')
     except Exception as error:
         if not is_expected(error) or os.environ.get('DENSIRL_TRACEBACK'): raise
-        sys.exit(visible(f'densirl {name}: {sentence(error)}'))
+        print(visible(f'densirl {name}: {sentence(error)}'), file=sys.stderr, flush=True)
+        sys.exit(1)
     finally: leave_ranks()
     if cfg.outputs() and int(os.environ.get('RANK', 0))==0: print(f'{name}: {cfg.path(cfg.outputs()[0]) if cfg.root else cfg.outputs()[0]}')
 

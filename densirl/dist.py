@@ -44,7 +44,8 @@ def among_ranks():
     "Around a message between ranks"
     try: yield
     except RuntimeError as error:
-        raise RuntimeError(f'Another rank has ended or does not answer ({str(error).splitlines()[0][:160]}); the same command resumes from the last checkpoint.') from error
+        why = str(error).splitlines()[0].split('] ')[-1].split('. ')[0]
+        raise RuntimeError(f'Another rank has ended or does not answer ({why}); the same command resumes from the last checkpoint.') from error
 
 # %% ../nbs/core/23_dist.ipynb #cell-9
 def average_(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ALLOCATOR', 'LIBC', 'SET_PARENT_DEATH_SIGNAL', 'with_allocator', 'begin_anew', 'stage_command', 'end_with_parent',
-           'spawn', 'stream', 'cpu_cores', 'launch']
+           'spawn', 'lost_rank', 'stream', 'cpu_cores', 'launch']
 
 # %% ../nbs/core/11_launch.ipynb #cell-3
-import ctypes, os, signal, subprocess, sys
+import ctypes, os, re, signal, subprocess, sys
 from .config import StageConfig, config_flags
 
 # %% ../nbs/core/11_launch.ipynb #cell-6
@@ -53,6 +53,16 @@ def spawn(
     return subprocess.Popen(command, env={**with_allocator(), 'PYTHONUNBUFFERED':'1', **env}, preexec_fn=prepare if LIBC else None, **how)
 
 # %% ../nbs/core/11_launch.ipynb #cell-11
+def lost_rank(
+    lines:list, # The last lines that torchrun has printed
+)->str: # A clause; empty where it names no rank
+    "Which rank ended first, from torchrun's report"
+    found = re.search(r'Root Cause.*?rank +: (\d+).*?exitcode +: (-?\d+)', ''.join(lines), re.DOTALL)
+    if not found: return ''
+    how = f'was killed by signal {-int(found[2])}' if int(found[2])<0 else f'ended with exit code {found[2]}'
+    return f', since rank {found[1]} {how}; the same command resumes from the last checkpoint'
+
+# %% ../nbs/core/11_launch.ipynb #cell-13
 def stream(
     command:list, # Words of a command line
     env:dict, # Variables to add to this process's environment
@@ -70,9 +80,9 @@ def stream(
         child.terminate()
         child.wait(20)
         raise
-    if code: raise RuntimeError(f'`{" ".join(command[1:4])} …` ended with exit code {code}:\n'+''.join(kept))
+    if code: raise RuntimeError(f'`{" ".join(command[1:4])} …` ended with exit code {code}{lost_rank(kept)}:\n'+''.join(kept))
 
-# %% ../nbs/core/11_launch.ipynb #cell-13
+# %% ../nbs/core/11_launch.ipynb #cell-15
 def cpu_cores()->int: # At least 1
     "Cores this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

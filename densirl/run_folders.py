@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['STOPPING', 'LOGS', 'runs_of', 'run_name', 'file_names', 'parts_of', 'refuse_place', 'unknown_files', 'refuse_unknown',
-           'alone', 'move_file', 'finish_placing', 'place', 'drop_worthless', 'Run', 'output_names', 'check_places',
-           'last_step', 'own_folder', 'newest_log', 'take_back', 'is_done', 'is_made', 'open_run']
+           'alone', 'move_file', 'finish_placing', 'settled', 'place', 'drop_worthless', 'Run', 'output_names',
+           'check_places', 'last_step', 'own_folder', 'newest_log', 'take_back', 'is_done', 'is_made', 'open_run']
 
 # %% ../nbs/core/10_run_folders.ipynb #cell-3
 import errno, fcntl, json, os, shutil, time
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from .config import StageConfig, command_line
 from .files import HALF, half_made, need, raise_if_full, read_json, remove_halves, text_hash, write_json
@@ -147,6 +148,17 @@ def finish_placing(
     if run.exists(): shutil.rmtree(run)
     (home/'placing.json').unlink()
 
+@contextmanager
+def settled(
+    outputs:list, # Files and folders of a stage
+    stage:str, # Its name
+): # As from `alone`
+    "Be the only process at work on outputs at which all moves are done and no file of somebody else lies"
+    with alone(outputs[0]) as stopping:
+        finish_placing(outputs)
+        refuse_unknown(outputs, stage)
+        yield stopping
+
 def place(
     outputs:list, # Files and folders of a stage
     run:Path, # Own folder of a complete run
@@ -155,7 +167,7 @@ def place(
     home,known,new = runs_of(outputs[0]),read_manifest(outputs[0]),read_manifest(run)
     same = known and all(known[k]==new[k] for k in ('digest','inputs','code','ranks','outputs')) and is_unchanged(known, outputs)
     name = run_name(known) if known else 'none'
-    kept = next(n for n in (name, *(f'{name}.{i}' for i in range(2, 10**6))) if not (home/n).exists())
+    kept = next(n for n in chain([name], (f'{name}.{i}' for i in count(2))) if not (home/n).exists())
     write_json(home/'placing.json', dict(run=run.name, kept=kept))
     finish_placing(outputs)
     for other in home.glob(f'{run_name(new)}*/'):
@@ -227,11 +239,11 @@ def output_names(
 
 def check_places(
     cfg:StageConfig, # Settings of a run
-)->None:
-    "Refuse a run that would write where it must not"
+)->list: # Paths of its outputs
+    "Refuse a run whose outputs are, hold or lie in what must stay"
     places,inputs = output_names(cfg),{name:cfg.path(p) for name,p in cfg.inputs().items() if not name.startswith('hub')}
     refuse_place(places, inputs, cfg.path('.'))
-    refuse_unknown(list(places.values()), cfg.stage)
+    return list(places.values())
 
 def last_step(
     run:Path, # Own folder of a run
@@ -260,11 +272,10 @@ def take_back(
     cfg:StageConfig, # Settings of a run
 )->bool: # Whether the result is in place now
     "Put an earlier result of the same settings, inputs and code in place again"
-    outputs,home = [cfg.path(p) for p in cfg.outputs()],runs_of(cfg.path(cfg.outputs()[0]))
+    outputs = check_places(cfg)
+    home = runs_of(outputs[0])
     if cfg.force or not home.exists(): return False
-    check_places(cfg)
-    with alone(outputs[0]):
-        finish_placing(outputs)
+    with settled(outputs, cfg.stage):
         key = run_key(cfg)
         for run in sorted(home.glob(f'{run_name(key)}*/')):
             known = read_manifest(run)
@@ -294,15 +305,13 @@ def open_run(
     main:bool=True, # Whether this process writes; one rank of several does
 ): # A `Run`; when the block ends without an error its result takes its place
     "Do a stage's work inside, and leave a manifest that says what made it"
-    outputs,began = [cfg.path(p) for p in cfg.outputs()],time.time()
-    if main: check_places(cfg)
+    outputs,began = check_places(cfg),time.time()
     key = run_key(cfg)
     run = Run(own_folder(cfg, key), main, file_names(outputs))
     if not main:
         yield run
         return
-    with alone(outputs[0]) as run.stopping:
-        finish_placing(outputs)
+    with settled(outputs, cfg.stage) as run.stopping:
         if run.folder.exists() and (cfg.force or not any(checkpoint_home(run.folder).glob('step_*'))): shutil.rmtree(run.folder)
         begun,plan = read_manifest(run.folder),getattr(cfg, 'plan_path', '')
         noted = begun.get('plan') if begun else registered(need(cfg.path(plan), 'plan')) if plan else None

@@ -189,11 +189,13 @@ def finished(root):
     make_report(cfg)
     return Path(root)
 
+UNCOMPARED = ("manifest.json", "metrics.jsonl", "placing.json")   # hold the time of day
+
 def contents(root):
     "Hashes of all files below a root, wherever they were moved; locks, caches and logs of this run left out"
     found = Counter()
     for f in root.rglob('*'):
-        if f.is_file() and not f.name.endswith('.lock'): found[hashlib.sha256(f.read_bytes()).hexdigest()] += 1
+        if f.is_file() and not f.name.endswith((".lock", ".manifest.json")) and f.name not in UNCOMPARED and "tb" not in f.parts: found[hashlib.sha256(f.read_bytes()).hexdigest()] += 1
     return found
 
 def copy_of(done, root):
