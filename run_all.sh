@@ -33,7 +33,7 @@ Results:
   outs/report/summary.json  its numbers
   outs/compare/compare.json the verdict, and all it was made from
   outs/notebooks/           the notebooks as they ran
-  outs/.grpo.kept           what outs/grpo held before, if it was complete
+  outs/.grpo.runs/          unfinished runs and earlier results of outs/grpo; see densirl status
 
 Environment: PYTHON (which Python, 3.11 or newer), VENV (default .venv),
 NB_WORKERS (notebooks or test files run side by side, default 2).

@@ -17,7 +17,6 @@ from .models import encode_prompt, load_policy, load_tokenizer, model_input, mod
 from .rollout import completion_uniforms, generate
 from .run_folders import open_run
 from .runs import read_manifest
-from .text import visible
 
 # %% ../nbs/core/85_chat.ipynb #cell-5
 @dataclass(frozen=True)
@@ -94,4 +93,4 @@ def run_chat(
     while text := said():
         messages.append(dict(role='user', content=text))
         messages.append(dict(role='assistant', content=answer(policy, tokenizer, [messages], cfg, len(messages)//2)[0]))
-        print(visible(messages[-1]['content']), flush=True)
+        print(messages[-1]['content'], flush=True)

@@ -14,7 +14,6 @@ from typing import ClassVar, Literal
 from .config import StageConfig, where
 from .files import HALF, remove_halves
 from .runs import checkpoint_home, read_manifest
-from .text import visible
 
 # %% ../nbs/core/88_status.ipynb #cell-6
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def show_status(
 )->None:
     "Print every run of a root, and how to take back or resume it"
     runs = find_results(cfg.path('.'))
-    for run in runs: print(visible(about_run(run, cfg.path('.'))))
+    for run in runs: print(about_run(run, cfg.path('.')))
     spare = sum(r.size for r in runs if r.state!='in place')
     print(f'{len(runs)} runs; {bytes_text(spare)} are kept or unfinished, and `densirl clean` removes them')
 
@@ -122,12 +121,12 @@ def clean(
     for run in find_results(root):
         aside = run.path.parent.name.endswith('.runs')
         if run.state=='in place' or cfg.what not in ('all', run.state) or not aside or is_worked_on(run.path): continue
-        print(visible(f'{verb} {about_run(run, root)}'))
+        print(f'{verb} {about_run(run, root)}')
         total += run.size
         if cfg.yes: shutil.rmtree(run.path)
     for half in temporary_files(root) if cfg.what in ('all','temporary') else ():
         size,name = size_of(half),half.name[1:].split(HALF)[0]
         if cfg.yes and half not in remove_halves(half.with_name(name)): continue
-        print(visible(f'{verb} {os.path.relpath(half, root)}  temporary  {bytes_text(size)}'))
+        print(f'{verb} {os.path.relpath(half, root)}  temporary  {bytes_text(size)}')
         total += size
     print(f'{verb} {bytes_text(total)}'+('' if cfg.yes else '; add --yes to do so'))

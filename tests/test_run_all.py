@@ -1,9 +1,10 @@
-"""One command does everything, and the second call does nothing."""
-import json, os, subprocess, sys, time
+"""One command does everything, also after it was killed, and the next call does nothing."""
+import json, os, signal, subprocess, sys, time
 
 import nbformat, pytest
 
 from conftest import ROOT
+from kills import begin, halves, left_at_work
 from densirl.config import make_config
 from densirl.files import read_json
 from densirl.pipeline import Job, RunConfig, finish, plan
@@ -16,11 +17,18 @@ def run_all(*words):
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
 
-def test_all_of_it_twice(tmp_path):
+def test_all_of_it_killed_and_twice(tmp_path):
     words = ('--profile', 'test', '--root', tmp_path)
     plan = run_all(*words, '--dry_run')
     assert '03_grpo.density_aware=False' in plan and not (tmp_path/'outs/grpo').exists()
-    assert 'skipped' not in run_all(*words)
+    tag = 'all_of_it'
+    first = begin(['-m', 'densirl.pipeline', *words], tag)
+    while not list((tmp_path/'outs').glob('.grpo*.runs/*')): time.sleep(.05); assert first.poll() is None
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert left_at_work(tag) == [], 'processes that the killed one had started'
+    said = run_all(*words)
+    assert said.count('up to date, skipped') == 4 and halves(tmp_path) == []
     summary = json.loads((tmp_path/'outs/report/summary.json').read_text())
     assert summary['verdict'] == '' and summary['used']['embedder'] == 'all-MiniLM-L6-v2'
     assert summary['factor'] == {'density': {'density_aware': [True, False]}}
