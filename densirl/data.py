@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DataConfig', 'local_units', 'downloaded', 'kept_lines', 'make_outcomes', 'parts_folder', 'make_data', 'PromptsConfig',
-           'prompt_lines', 'distinct_prompts', 'group_names', 'group_records', 'write_prompts', 'make_prompts',
-           'read_folds', 'select_pairs']
+           'prompt_lines', 'distinct_prompts', 'group_records', 'write_prompts', 'group_file', 'show_folds',
+           'make_prompts', 'read_folds', 'select_pairs']
 
 # %% ../nbs/00_data.ipynb #cell-6
 import shutil, tempfile
@@ -18,14 +18,14 @@ from .config import StageConfig, where, within
 from .corpus import make_corpus
 from .files import atomic, json_line, need, parse_line, read_jsonl, text_hash, write_json, write_jsonl
 from .launch import cpu_cores
-from .near import near_groups
+from .near import LEAK, fold_leak, near_groups, near_pairs
 from .run_folders import is_made, open_run
 from .runs import code_hash, read_manifest
-from .shapes import text_of
+from .shapes import messages_of, readable, text_of
 from .sources import (HUB, BadRows, comparisons, file_items, hub_items, hub_revision, hub_set, local_files, outcome, outcomes,
-    sample, share_of, spread, streamed)
+    read_columns, sample, share_of, spread, streamed)
 from .tally import Tally
-from .text import FOLDS, escape_tsv, fold_of, prompt_id
+from .text import FOLDS, escape_tsv, fold_of, group_folds, mended, prompt_id
 
 # %% ../nbs/00_data.ipynb #cell-9
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class DataConfig(StageConfig):
     hh_path:str = where('') # Local file or folder of HH-RLHF instead of the hub
     uf_path:str = where('') # Local file or folder of UltraFeedback instead of the hub
     se_path:str = where('') # Local file or folder of Stack Exchange instead of the hub
-    jsonl_path:str = where('') # Read this file or folder of pairs, of any shape, and nothing else
+    jsonl_path:str = where('') # Read this file or folder of pairs (JSON lines or list, CSV, TSV, parquet), of any shape, and nothing else
+    columns:str = '' # Names of the columns of jsonl_path, such as prompt=instruction,chosen=good,rejected=bad
+    split:str = '' # Split to read where a folder holds several; empty takes the training split
     max_hh:int = 160_000 # Pairs to draw from HH-RLHF at most
     max_uf:int = 64_000 # Pairs to draw from UltraFeedback at most
     max_se:int = 52_000 # Pairs to draw from Stack Exchange at most
@@ -60,6 +62,7 @@ class DataConfig(StageConfig):
     def check(self)->None:
         super().check()
         self.paths()
+        self.renames()
         share_of(self.max_bad)
     def paths(self)->dict:
         "Name of each source that is read → its local path, or nothing"
@@ -71,6 +74,11 @@ class DataConfig(StageConfig):
         if self.source=='demo': sets = {k:p for k,p in sets.items() if p} or dict(demo='')
         if not sets: raise ValueError('No source is left to read; leave out one of --no-hh, --no-uf and --no-se.')
         return sets
+
+    def renames(self)->dict:
+        "Our name → name in the file of one's own"
+        if self.columns and 'jsonl' not in self.paths(): raise ValueError(f'columns is {self.columns!r}, but no file of your own is read; give it with --jsonl_path.')
+        return read_columns(self.columns)
 
 # %% ../nbs/00_data.ipynb #cell-19
 def local_units(
@@ -104,12 +112,14 @@ def kept_lines(
     bad:BadRows, # Told of each row that cannot be read
     dropped:Counter, # Counts of source and reason, added to
     asked:Tally, # Filled with the prompts and the sources that hold them
+    mends:Counter, # Rows in which halves of surrogate pairs were mended, by source, added to
 ): # Generator of source and line
     "The lines of all pairs that are new"
     seen = Tally()
     for kind,*what in found:
         if kind=='pair':
-            pair,prompt,src,line = what
+            pair,prompt,src,was_mended,line = what
+            if was_mended: mends[src] += 1
             asked.add(prompt, src)
             if dedup!='none' and seen.add(prompt if dedup=='prompt' else pair)>1: dropped[f'{src}: same {dedup} again'] += 1
             else: yield src,line
@@ -124,15 +134,15 @@ def make_outcomes(
     revision:str, # Commit of Stack Exchange on the hub, if it is read from there
 ): # Generator of outcomes
     "What becomes of each row of every source that is asked for"
-    every,sites = cfg.se_pairs=='all',tuple(s.strip() for s in cfg.se_sites.split(',') if s.strip())
+    every,sites,columns = cfg.se_pairs=='all',tuple(s.strip() for s in cfg.se_sites.split(',') if s.strip()),cfg.renames()
     for name,path in cfg.paths().items():
         if name=='demo': found = chain((outcome(p, 'demo') for p in make_corpus(cfg.demo_pairs, cfg.seed, cfg.plant)), [('read',cfg.demo_pairs)])
         elif name=='se' and not path:
             found = downloaded(streamed(hub_set('se', sites, revision, streaming=True), cfg.max_se, cfg.seed, every, parts_folder(cfg, revision)))
         else:
-            files = local_files(need(cfg.path(path), 'source'), HUB.get(name, ('',''))[1], sites if name=='se' else ()) if path else []
+            files = local_files(need(cfg.path(path), 'source'), cfg.split, sites if name=='se' else (), HUB.get(name, ('','train'))[1]) if path else []
             drawn = local_units(files, name, getattr(cfg, f'max_{name}', 0), cfg.seed, every, bad)
-            found = chain.from_iterable(spread(outcomes, drawn, name, every, processes=cpu_cores()))
+            found = chain.from_iterable(spread(outcomes, drawn, name, every, columns, processes=cpu_cores()))
         kinds = Counter()
         for what in found:
             kinds[what[2] if what[0]=='dropped' else what[0]] += 1
@@ -153,12 +163,12 @@ def make_data(
 )->Path: # The file of pairs
     "Write every pair that is asked for into one file"
     from tqdm import tqdm
-    bad,dropped,sources,asked = BadRows(share_of(cfg.max_bad)),Counter(),Counter(),Tally()
+    bad,dropped,sources,asked,mends = BadRows(share_of(cfg.max_bad)),Counter(),Counter(),Tally(),Counter()
     if is_made(cfg): return cfg.path(cfg.pairs_path)
     with open_run(cfg) as run:
         out,bad_rows = run.outputs
         revision = hub_revision('se') if cfg.paths().get('se')=='' else ''
-        lines = kept_lines(make_outcomes(cfg, bad, revision), cfg.dedup, bad, dropped, asked)
+        lines = kept_lines(make_outcomes(cfg, bad, revision), cfg.dedup, bad, dropped, asked, mends)
         with atomic(out, 'wb') as file:
             for src,line in tqdm(lines, desc='pairs', unit=' pairs', mininterval=2, disable=None):
                 file.write(line)
@@ -167,7 +177,8 @@ def make_data(
             bad.check()
         if revision: shutil.rmtree(parts_folder(cfg, revision))
         run.facts.update(rows=bad.rows+sum(n for what,n in dropped.items() if what in ('hh: not drawn','uf: not drawn')), pairs=sources.total(),
-            sources=dict(sources), dropped=dict(dropped), bad=len(bad.found), prompts_shared=asked.overlap(), se_revision=revision)
+            sources=dict(sources), dropped=dict(dropped), mended=mends.total(), bad=len(bad.found), prompts_shared=asked.overlap(), se_revision=revision)
+        print(f'{sources.total():,} pairs'+''.join(f'; {n:,} {what}' for what,n in (*dropped.items(), ('rows mended, which held half a surrogate pair', mends.total())) if n), flush=True)
     return cfg.path(cfg.pairs_path)
 
 # %% ../nbs/00_data.ipynb #cell-36
@@ -177,7 +188,7 @@ class PromptsConfig(StageConfig):
     stage:ClassVar[str] = 'prompts'
     module:ClassVar[str] = 'data'
     endings:ClassVar[tuple] = ('.jsonl','.jsonl.gz','.jsonl.zst')
-    near:float = within('[0, 1]', 0.) # Similarity from which prompts are grouped as near-duplicates, such as 0.8; 0 does not look
+    near:float = within('[0, 1]', .6) # Similarity from which near-duplicates share a fold; 0 keeps together only what differs in case or punctuation alone
     pairs_path:str = where('.cache/data/pairs_all.jsonl') # Pairs to read
     prompts_path:str = where('.cache/data/prompts_all.jsonl') # Where the prompts go
 
@@ -193,6 +204,8 @@ def prompt_lines(
     "What is known of the prompts of a block"
     def known(pair):
         name,prompt,src = pair.get('prompt_id') or prompt_id(text_of(pair, 'prompt')),text_of(pair, 'prompt'),text_of(pair, 'src')
+        if pair.get('messages') and readable(messages_of(pair, 'messages'))!=prompt: raise ValueError('the prompt is not the text of its messages; read the file with `densirl data --jsonl_path`, and not as pairs_path')
+        if mended(prompt)!=prompt: raise ValueError('the prompt holds half a surrogate pair; read the file with `densirl data --jsonl_path`, and not as pairs_path')
         meta = {k:v for k,v in pair.get('meta', {}).items() if k in ('topic','lang','region')}
         extra = {k:v for k,v in dict(messages=pair.get('messages'), meta=meta).items() if v}
         return name,src,json_line(dict(id=name, prompt=prompt, count=0, fold=fold_of(name), src=src, **extra))
@@ -220,16 +233,6 @@ def distinct_prompts(
             yield record|dict(sources=sources) if len(sources)>1 else record
 
 # %% ../nbs/00_data.ipynb #cell-41
-def group_names(
-    path:Path, # A file of prompts
-    near:float, # Similarity from which prompts belong together
-)->list: # For each prompt, the id of the first of its group
-    "Which prompts are nearly the same"
-    from tqdm import tqdm
-    names = [p['id'] for p in read_jsonl(path)]
-    texts = tqdm((p['prompt'] for p in read_jsonl(path)), desc='near-duplicates', unit=' prompts', total=len(names), mininterval=2, disable=None)
-    return [names[i] for i in near_groups(texts, near, str(path.parent))]
-
 def group_records(
     prompts, # Records of `prompts_all.jsonl` with their `group`
     sizes:Counter, # Group → prompts in it
@@ -256,6 +259,30 @@ def write_prompts(
     return dict(pairs=pairs, unique_prompts=folds.total(), prompts_per_fold={f:folds[f] for f in FOLDS})
 
 # %% ../nbs/00_data.ipynb #cell-42
+def group_file(
+    path:Path, # A file of prompts
+    near:float, # Similarity from which prompts belong together; 0 for case and punctuation alone
+)->tuple: # For each prompt the name of its group; its fold; and what `fold_leak` says of the folds
+    "Groups and folds of all prompts"
+    from tqdm import tqdm
+    names = [p['id'] for p in read_jsonl(path)]
+    def texts(): return (p['prompt'] for p in read_jsonl(path))
+    looked = tqdm(texts(), desc='near-duplicates', unit=' prompts', total=len(names), mininterval=2, disable=None)
+    pairs = near_pairs(looked, min(near or LEAK, LEAK), str(path.parent))
+    groups = near_groups(names, texts(), tuple(part[pairs[2]>=(near or 2)] for part in pairs))
+    folds = group_folds(groups)
+    return groups,[folds[g] for g in groups],fold_leak([folds[g] for g in groups], pairs)
+
+def show_folds(
+    stats:dict, # What `stats.json` holds
+)->None:
+    "Print the sizes of the folds and what leaks between them"
+    leak = stats['leak']
+    others = ', '.join(f'{fold} {leak[fold]:.1%}' for fold in FOLDS if fold!='eval')
+    print('prompts by fold: '+', '.join(f'{fold} {n:,}' for fold,n in stats['prompts_per_fold'].items()))
+    print(f'{leak["any"]:.1%} of the {leak["prompts"]:,} prompts of the fold eval have a near-copy (similarity {leak["similarity"]} or more) in another fold: {others}', flush=True)
+
+# %% ../nbs/00_data.ipynb #cell-44
 def make_prompts(
     cfg:PromptsConfig, # Settings
 )->Path: # The file of prompts
@@ -264,26 +291,23 @@ def make_prompts(
     if is_made(cfg): return cfg.path(cfg.prompts_path)
     with open_run(cfg) as run, tempfile.TemporaryDirectory(dir=run.folder) as folder:
         out,id_map,stats_txt,stats_json,near_file = run.outputs
-        source,tally,groups = cfg.path(cfg.pairs_path),Tally(),[]
+        source,tally,waiting = cfg.path(cfg.pairs_path),Tally(),Path(folder)/'prompts.jsonl'
         lines = tqdm(file_items(source), desc='prompts', unit=' pairs', mininterval=2, disable=None)
-        prompts = distinct_prompts(lines, tally, folder, cpu_cores())
-        if cfg.near:
-            ungrouped = Path(folder)/'prompts.jsonl'
-            write_jsonl(ungrouped, prompts)
-            names = group_names(ungrouped, cfg.near)
-            def grouped(): return (dict(p, group=n, fold=fold_of(n)) for p,n in zip(read_jsonl(ungrouped), names))
-            prompts,groups = grouped(),group_records(grouped(), Counter(names))
-        stats = write_prompts(prompts, out, id_map)
+        write_jsonl(waiting, distinct_prompts(lines, tally, folder, cpu_cores()))
+        names,folds,leak = group_file(waiting, cfg.near)
+        def grouped(): return (dict(p, group=n, fold=f) for p,n,f in zip(read_jsonl(waiting), names, folds))
+        groups,stats = group_records(grouped(), Counter(names)),write_prompts(grouped(), out, id_map)
         write_jsonl(near_file, groups)
         shared = read_manifest(source).get('facts', {}).get('prompts_shared') or tally.overlap()
         stats.update(pairs_per_source=tally.mentions, prompts_shared=shared,
-            near_groups=len(groups), prompts_in_near_groups=sum(len(g['prompts']) for g in groups))
+            near_groups=len(groups), prompts_in_near_groups=sum(len(g['prompts']) for g in groups), leak=leak)
         with atomic(stats_txt) as file: file.writelines(f'{k}: {v}\n' for k,v in stats.items())
         write_json(stats_json, stats)
         run.facts.update(stats)
+        show_folds(stats)
     return cfg.path(cfg.prompts_path)
 
-# %% ../nbs/00_data.ipynb #cell-49
+# %% ../nbs/00_data.ipynb #cell-51
 def read_folds(
     path:Path, # File of prompts
 )->dict: # Prompt id → fold

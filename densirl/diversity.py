@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'SAME', 'prompt_residual', 'pairwise_distance', 'effective_diversity', 'vendi', 'pair_features',
-           'same_probability', 'label_classes', 'completion_classes', 'diversity_facts']
+           'same_probability', 'same_text', 'label_classes', 'completion_classes', 'diversity_facts']
 
 # %% ../nbs/core/37_diversity.ipynb #cell-3
 from itertools import combinations
 import numpy as np
 from .lexical import compression_distance, first_words, length_ratio, lexical_distance, ngrams, overlap, self_bleu, words
+from .text import normalise
 
 # %% ../nbs/core/37_diversity.ipynb #cell-6
 def prompt_residual(
@@ -76,6 +77,14 @@ def same_probability(
     "How likely people would call two completions the same"
     return 1/(1+np.exp(-(np.asarray(features)@np.array(model['weights'])+model['intercept'])))
 
+# %% ../nbs/core/37_diversity.ipynb #cell-17
+def same_text(
+    completions:list, # Texts
+)->list: # For each the position of the first that is equal to it but for blanks
+    "Which completions are the same text"
+    first = {}
+    return [first.setdefault(normalise(c), i) for i,c in enumerate(completions)]
+
 def label_classes(
     probabilities:np.ndarray, # (pairs,) that two completions are the same, in the order of `itertools.combinations`
     k:int, # Completions
@@ -91,12 +100,12 @@ def completion_classes(
     prompt:np.ndarray, # (width,) embedding of the prompt, of length one
 )->list: # The class of each completion
     "Which completions people would call the same"
-    rest = prompt_residual(vectors, prompt)
+    rest,first = prompt_residual(vectors, prompt),same_text(completions)
     plain,residual = vectors@vectors.T,rest@rest.T
-    features = [pair_features(completions[i], completions[j], plain[i,j], residual[i,j]) for i,j in combinations(range(len(completions)), 2)]
-    return label_classes(same_probability(features) if features else [], len(completions))
+    def likely(i, j): return 1. if first[i]==first[j] else same_probability(pair_features(completions[i], completions[j], plain[i,j], residual[i,j]))
+    return label_classes([likely(i, j) for i,j in combinations(range(len(completions)), 2)], len(completions))
 
-# %% ../nbs/core/37_diversity.ipynb #cell-19
+# %% ../nbs/core/37_diversity.ipynb #cell-20
 def diversity_facts(
     completions:list, # Texts
     vectors:np.ndarray, # (K, width) their embeddings, rows of length one
@@ -106,5 +115,7 @@ def diversity_facts(
     "How different the completions of one prompt are"
     k = len(completions)
     if k<2: return {}
-    texts,rest = [first_words(c, most_words) for c in completions],prompt_residual(vectors, prompt)
+    first = same_text(completions)
+    texts,vectors = [first_words(completions[i], most_words) for i in first],np.asarray(vectors)[first]
+    rest = prompt_residual(vectors, prompt)
     return dict(diversity=pairwise_distance(rest), lexical_distance=lexical_distance(texts), self_bleu=self_bleu(texts), vendi=vendi(rest), classes=len(set(completion_classes(texts, vectors, prompt))))

@@ -27,7 +27,7 @@ from .files import atomic, need, read_jsonl, read_or_make, text_hash, write_json
 from .measures import measure_piles, measure_prompts, reference_samples, show_means
 from .models import load_policy, load_tokenizer, start_path
 from .policies import Policy, about_policy, find_runs, from_run, gold_rewards, read_completions, sample_prompts, shared_prompts, weights_by_step, with_looks
-from .prompt_sets import balanced_prompts, open_prompts, prompt_records
+from .prompt_sets import balanced_prompts, open_prompts, prompt_records, read_prompts
 from .rewards import load_judge
 from .run_folders import is_made, open_run
 from .runs import code_hash, input_hash, read_manifest
@@ -42,7 +42,7 @@ class EvalConfig(StageConfig):
     profiles:ClassVar[dict] = dict(demo=dict(samples='looks', n_prompts=30, n_samples=4, words_each=5), test=dict(samples='looks', n_prompts=6, n_samples=2, words_each=2))
     suite:Literal['diversity','artefacts'] = 'diversity' # diversity: how different completions are, which decides; artefacts: every other symptom, at the end of training
     samples:Literal['weights','looks'] = 'weights' # Sample every checkpoint whose weights were kept, or take what a run said on held-out prompts while it was trained
-    prompt_set:str = 'eval' # eval: of the held-out fold, as many from each tenth of density; open: ours; or a file of JSON lines with `prompt`, such as NoveltyBench's; looks have prompts of their own
+    prompt_set:str = 'eval' # eval: of the held-out fold, as many from each tenth of density; open: ours; or a file with `prompt` or `messages` (JSON lines or list, CSV, TSV, parquet; a .txt has one a line), such as NoveltyBench's; looks have prompts of their own
     n_prompts:int = 300 # Prompts, where there are more
     n_samples:int = 8 # Completions of each prompt
     max_prompt_tokens:int = 512 # Longer prompts are cut from the left
@@ -91,7 +91,7 @@ def prompts_to_ask(
 )->list: # Records with `id` and `prompt`
     "The prompts that policies will complete"
     if cfg.prompt_set=='eval': own = balanced_prompts([p for p in known.values() if p['fold']=='eval'], log_density, cfg.n_prompts)
-    else: own = (open_prompts() if cfg.prompt_set=='open' else prompt_records(read_jsonl(cfg.path(cfg.prompt_set))))[:cfg.n_prompts]
+    else: own = (open_prompts() if cfg.prompt_set=='open' else prompt_records(read_prompts(need(cfg.path(cfg.prompt_set), 'source'))))[:cfg.n_prompts]
     return list({p['id']:p for p in own+(suite_prompts(cfg.n_prompts) if cfg.suite=='artefacts' else [])}.values())
 
 def our_prompts(
