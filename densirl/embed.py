@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KNOWN', 'Embedder', 'unit', 'length_batches', 'batch_means', 'mean_states', 'minilm_folder', 'token_windows',
            'unknown_share', 'model_embedder', 'minilm', 'tfidf_embedder', 'sentence_transformer', 'load_embedder',
-           'in_windows', 'embed_cached', 'anisotropy', 'spread_out']
+           'in_windows', 'held_vectors', 'embed_cached', 'anisotropy', 'spread_out']
 
 # %% ../nbs/core/22_embed.ipynb #cell-3
 import hashlib, importlib.util
@@ -199,13 +199,27 @@ def in_windows(
     return replace(embedder, digest=text_hash(f'{embedder.digest} windows')[:12], embed=embed)
 
 # %% ../nbs/core/22_embed.ipynb #cell-32
+def held_vectors(
+    path:Path, # Where they may be kept
+    made:dict, # What they were made from
+)->np.ndarray|None: # None where there are none, or a file that was cut
+    "Vectors that were embedded before"
+    from safetensors import SafetensorError, safe_open
+    if not path.exists(): return None
+    try:
+        with safe_open(path, 'numpy') as file: held,rows = file.metadata() or {},file.get_tensor('rows')
+    except SafetensorError as error:
+        print(f'{path.name} is cut or is no file of vectors ({error}); they are embedded again', flush=True)
+        return None
+    if held!=made: raise ValueError(f'{path} holds vectors of other texts or of embedder {held.get("embedder", "unknown")}, not {made["embedder"]}; remove it.')
+    return rows
+
 def embed_cached(
     embedder:Embedder, # From `load_embedder`
     texts:list, # Texts
     folder:Path, # Where vectors are kept
 )->np.ndarray: # (n, width) float32, rows of length one
     "Embed texts, or find them embedded"
-    from safetensors import safe_open
     from safetensors.numpy import save
     contents = hashlib.sha256()
     for text in texts:
@@ -213,17 +227,12 @@ def embed_cached(
         contents.update(len(written).to_bytes(8, 'big')+written)
     made = dict(embedder=embedder.digest, texts=contents.hexdigest()[:16])
     path = Path(folder)/made['embedder']/f"{made['texts']}.safetensors"
-    if not path.exists():
-        rows = embedder.embed(texts)
-        wrong = (~np.isfinite(rows).all(1)).sum()
-        if wrong: raise ValueError(f'{embedder.name} gave {wrong} vectors of {len(rows)} that are not finite; use another embedder or precision.')
-        with atomic(path, 'wb') as file: file.write(save(dict(rows=np.ascontiguousarray(rows)), made))
-        return rows
-    with safe_open(path, 'numpy') as file:
-        held = file.metadata() or {}
-        if held!=made:
-            raise ValueError(f'{path} holds vectors of other texts or of embedder {held.get("embedder", "unknown")}, not {made["embedder"]}; remove it.')
-        return file.get_tensor('rows')
+    if (rows := held_vectors(path, made)) is not None: return rows
+    rows = embedder.embed(texts)
+    wrong = (~np.isfinite(rows).all(1)).sum()
+    if wrong: raise ValueError(f'{embedder.name} gave {wrong} vectors of {len(rows)} that are not finite; use another embedder or precision.')
+    with atomic(path, 'wb') as file: file.write(save(dict(rows=np.ascontiguousarray(rows)), made))
+    return rows
 
 # %% ../nbs/core/22_embed.ipynb #cell-35
 def anisotropy(

@@ -6,7 +6,7 @@
 __all__ = ['BUFFER', 'HALF', 'BROKEN', 'KIND', 'MADE_BY', 'WHAT', 'repo_root', 'open_bytes', 'packed_bytes', 'raise_if_full',
            'half_made', 'remove_halves', 'atomic', 'write_json', 'once', 'read_json', 'json_line', 'write_jsonl',
            'parse_line', 'refuse_broken', 'read_lines', 'read_jsonl', 'check_fields', 'remedy', 'need', 'sentence',
-           'bytes_hash', 'file_hash', 'text_hash', 'read_or_make']
+           'bytes_hash', 'file_hash', 'text_hash', 'whole_records', 'read_or_make']
 
 # %% ../nbs/core/01_files.ipynb #cell-3
 import errno, fcntl, glob, gzip, hashlib, io, json, os, shutil, tempfile, zlib
@@ -280,6 +280,17 @@ def text_hash(
     return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()
 
 # %% ../nbs/core/01_files.ipynb #cell-40
+def whole_records(
+    path:Path, # JSON lines; the last one counts the others
+)->list|None: # None where the file was cut or edited
+    "Records that were kept, if all of them are there"
+    try: *found,last = read_jsonl(path)
+    except ValueError: found,last = [],{}
+    if last==dict(kept=len(found)): return found
+    print(f'{path.name} is cut or was changed; what it held is made again', flush=True)
+    return None
+
+# %% ../nbs/core/01_files.ipynb #cell-41
 def read_or_make(
     folder:Path, # Where records are kept
     key:dict, # All that they depend on
@@ -287,5 +298,8 @@ def read_or_make(
 )->list: # The records
     "Read records, or make them where they are not there"
     path = Path(folder)/f'{text_hash(json.dumps(key, sort_keys=True))[:16]}.jsonl'
-    if not path.exists(): write_jsonl(path, make())
-    return list(read_jsonl(path))
+    if not path.exists() or (found := whole_records(path)) is None:
+        found = make()
+        write_jsonl(path, [*found, dict(kept=len(found))])
+        found = whole_records(path)
+    return found

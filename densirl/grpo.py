@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from .attention import why_not_seen
 from .config import command_line, where, within
-from .data import read_folds, select_pairs
+from .data import read_folds, read_pairs, read_prompt_records, select_pairs
 from .dist import Ranks, gather, join_ranks, mean_of
 from .draws import Draws, policy_densities, stored_densities
-from .files import need, read_jsonl
+from .files import need
 from .looks import LookConfig, eval_steps, held_out_prompts, look
 from .models import load_policy, load_tokenizer, model_input, model_name, save_model, start_path
 from .objectives import steered
@@ -224,7 +224,7 @@ def drawn_pairs(
 )->dict: # Prompt id → its pairs; empty for groups, which need none
     "What the pairwise objective learns from"
     if cfg.objective=='groups': return {}
-    return pairs_by_prompt(select_pairs(read_jsonl(cfg.path(cfg.pairs_path)), read_folds(cfg.path(cfg.prompts_path)), 'policy', 'prefs'))
+    return pairs_by_prompt(select_pairs(read_pairs(cfg.path(cfg.pairs_path)), read_folds(cfg.path(cfg.prompts_path)), 'policy', 'prefs'))
 
 # %% ../nbs/03_grpo.ipynb #cell-26
 SMALLER = '--device_batch_size, then --max_new_tokens and --max_prompt_tokens, then --group_size or --prompts_per_step'
@@ -238,7 +238,7 @@ def train_grpo(
     if cfg.plan_path: read_plan(need(cfg.path(cfg.plan_path), 'plan'))
     if skip_stage(cfg, ranks): return out
     with open_run(cfg, ranks.main) as run, memory_help(SMALLER), soft_stop(run) as stopper:
-        prompts = list(read_jsonl(cfg.path(cfg.prompts_path)))
+        prompts = list(read_prompt_records(cfg.path(cfg.prompts_path)))
         held_out,looks,known = held_out_prompts(prompts, cfg.eval_prompts),eval_steps(cfg),drawn_pairs(cfg)
         mine = [p for p in prompts if p['fold']=='policy' and (cfg.objective=='groups' or p['id'] in known)]
         models,draws,optimizer,done,beta = begin(cfg, mine, run, ranks)

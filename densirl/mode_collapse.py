@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from .artefacts import artefact_page, artefact_tables, human_completions, marked_examples, show_rates, suite_prompts
 from .checkers import language_tool
 from .config import StageConfig, science, where, within
+from .data import read_prompt_records
 from .density import read_density
 from .dist import join_ranks
 from .embed import embed_cached, load_embedder
@@ -101,7 +102,7 @@ def our_prompts(
     "The prompts we know, and their density as the runs have estimated it"
     if not cfg.knows_densities(): return {},{}
     used = next((p.manifest['config'] for p in policies if p.manifest.get('config', {}).get('density_aware')), dict(density_k=10, density_estimator='knn'))
-    return {p['id']:p for p in read_jsonl(cfg.path(cfg.prompts_path))},read_density(cfg.path(cfg.density_path), used['density_k'], used['density_estimator'])
+    return {p['id']:p for p in read_prompt_records(cfg.path(cfg.prompts_path))},read_density(cfg.path(cfg.density_path), used['density_k'], used['density_estimator'])
 
 def choose_prompts(
     cfg:EvalConfig, # Settings

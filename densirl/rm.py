@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from .arms import ArmConfig, fitting_density, pair_weights
 from .config import science, where, within
-from .data import read_folds, select_pairs
+from .data import read_folds, read_pairs, select_pairs
 from .dist import Ranks, gather, in_turn, join_ranks, mean_of
-from .files import atomic, read_jsonl
+from .files import atomic
 from .heads import aspects_of, head_names, head_seed, head_weights, own_rewards, prepare_model
 from .judging import judge_facts, judge_line, judge_table
 from .logps import compute_context, completion_rewards, pack_groups, rewards_of
@@ -209,7 +209,7 @@ def proxy_and_held_out(
 )->tuple: # Pairs to learn from, and pairs to be judged by
     "Pairs of the fold to learn from, and of the `eval` fold; their names, which are hashes, decide which are held out"
     folds,path = read_folds(cfg.path(cfg.prompts_path)),cfg.path(cfg.pairs_path)
-    pairs,held_out = (select_pairs(read_jsonl(path), folds, f, 'prefs') for f in (cfg.fold,'eval'))
+    pairs,held_out = (select_pairs(read_pairs(path), folds, f, 'prefs') for f in (cfg.fold,'eval'))
     return pairs,sorted(held_out, key=lambda p: p['id'])[:cfg.held_out]
 
 SMALLER = '--device_batch_size, then --max_completion_tokens and --max_prompt_tokens; if the pairs themselves are too many, read fewer with --max_hh, --max_uf or --max_se'

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import ClassVar
 import torch
 from .config import StageConfig, where, within
-from .data import read_folds, select_pairs
+from .data import read_folds, read_pairs, select_pairs
 from .dist import Ranks, gather, join_ranks, mean_of
-from .files import read_json, read_jsonl, repo_root, write_json
+from .files import read_json, repo_root, write_json
 from .logps import compute_context, pack_groups, token_facts
 from .models import (BUILT_IN, compute_dtype, encode_completion, encode_prompt, load_policy, load_tokenizer,
     model_folder, model_input, model_name, prompt_messages, save_model, start_path)
@@ -94,7 +94,7 @@ def train_sft(
     ranks,out = join_ranks(),cfg.path(cfg.out_path)
     if skip_stage(cfg, ranks): return out
     with open_run(cfg, ranks.main) as run:
-        pairs = select_pairs(read_jsonl(cfg.path(cfg.pairs_path)), read_folds(cfg.path(cfg.prompts_path)), 'policy', 'sft')
+        pairs = select_pairs(read_pairs(cfg.path(cfg.pairs_path)), read_folds(cfg.path(cfg.prompts_path)), 'policy', 'sft')
         folder = start_folder(cfg, pairs, ranks)
         tokenizer,model,dtype = load_tokenizer(folder),load_policy(folder, device=ranks.device),agreed_dtype(ranks, cfg.path('.cache'))
         prompts = [encode_prompt(tokenizer, prompt_messages(p), cfg.max_prompt_tokens) for p in pairs]
