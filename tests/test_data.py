@@ -470,6 +470,10 @@ def test_halves_of_characters_are_mended_and_counted(tmp_path, name):
     assert facts['mended'] == 2 and [p['meta']['note'] for p in pairs] == ['cut \ufffd', 'x', '🚤']
     assert pairs[0]['chosen'] == 'a boat 🚤' and pairs[1]['prompt'] == 'cut \ufffd here'
     (tmp_path/'.cache/data/pairs_all.jsonl').read_bytes().decode('utf-8')
+    (tmp_path/'raw.jsonl').write_text(json.dumps(dict(plain(0), chosen='cut \ud83d', src='mine')))
+    with pytest.raises(ValueError, match='raw.jsonl, line 1: half a surrogate pair.*densirl data'): prompts_of(tmp_path/'raw', pairs_path=str(tmp_path/'raw.jsonl'))
+    (tmp_path/'raw.json').write_text(json.dumps([dict(plain(0), src='mine')]))
+    with pytest.raises(ValueError, match='raw.json, item 1: not JSON lines.*densirl data'): prompts_of(tmp_path/'raw', pairs_path=str(tmp_path/'raw.json'))
     assert {p['id'] for p in prompts_of(tmp_path)} == {p['prompt_id'] for p in pairs}
 
 # -- tables, names of columns, folders
