@@ -207,13 +207,16 @@ def prompt_lines(
         prompt,src = text_of(pair, 'prompt'),text_of(pair, 'src')
         name = text_of(pair, 'prompt_id') if pair.get('prompt_id') else prompt_id(prompt)
         if pair.get('messages') and readable(messages_of(pair, 'messages'))!=prompt: raise ValueError('the prompt is not the text of its messages; read the file with `densirl data --jsonl_path`, and not as pairs_path')
-        if mended(prompt)!=prompt: raise ValueError('the prompt holds half a surrogate pair; read the file with `densirl data --jsonl_path`, and not as pairs_path')
         meta = {k:v for k,v in pair.get('meta', {}).items() if k in ('topic','lang','region')}
         extra = {k:v for k,v in dict(messages=pair.get('messages'), meta=meta).items() if v}
         return name,src,json_line(dict(id=name, prompt=prompt, count=0, fold=fold_of(name), src=src, **extra))
     found = []
     for place,line in block:
-        try: found.append(known(parse_line(line)))
+        try:
+            if not isinstance(line, bytes): raise ValueError('not JSON lines; read the file with `densirl data --jsonl_path`, and not as pairs_path')
+            pair = parse_line(line)
+            if b'\\u' in line and mended(pair)!=pair: raise ValueError('half a surrogate pair; read the file with `densirl data --jsonl_path`, and not as pairs_path')
+            found.append(known(pair))
         except ValueError as error: found.append(('',place,str(error)))
     return found
 

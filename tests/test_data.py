@@ -1,5 +1,6 @@
 """The corpus whose truth is known, and real files in the published formats."""
-import errno, gzip, json, random, signal, subprocess, sys, time
+import csv, errno, gzip, json, random, signal, subprocess, sys, time
+from collections import Counter
 
 import datasets
 import huggingface_hub
@@ -19,10 +20,12 @@ from densirl.estimators import ESTIMATORS, log_density
 from densirl import files, sources
 from densirl.files import read_jsonl, write_jsonl
 from densirl.habits import has_opener
+from densirl.near import near_groups, near_pairs, shingles
 from densirl.runs import read_manifest
+from densirl.shapes import pairs_by_shape
 from densirl.sources import outcome
 from densirl.tally import Tally
-from densirl.text import prompt_id
+from densirl.text import FOLDS, mended, prompt_id
 from densirl.weights import sampling_weights, solve_alpha
 
 def test_planted_opener_is_what_the_habit_counts():
@@ -219,17 +222,18 @@ hostile = st.text(st.characters(), max_size=40)
 def test_hostile_strings_survive(tmp_path_factory, texts):
     root = tmp_path_factory.mktemp('hostile')
     rows = [dict(prompt=f'{i} {p}', chosen=f'+{c}', rejected=f'-{r}') for i, (p, c, r) in enumerate(texts)]
-    rows = json.loads(json.dumps(rows))     # two halves of a surrogate pair side by side become one character in any JSON
     (root/'in.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows), encoding='ascii')
     out = make_data(DataConfig(jsonl_path=str(root/'in.jsonl'), root=str(root)))
     found = [json.loads(line) for line in out.read_bytes().decode('utf-8').split('\n')[:-1]]
-    assert [{k: f[k] for k in r} for f, r in zip(found, rows)] == rows
+    whole = mended(rows)
+    assert [{k: f[k] for k in r} for f, r in zip(found, whole)] == whole
+    assert read_manifest(out)['facts']['mended'] == sum(a != b for a, b in zip(json.loads(json.dumps(rows)), whole))
     make_prompts(PromptsConfig(root=str(root)))
     ids = (root/'.cache/data/prompt_id_map.tsv').read_bytes().decode('utf-8').split('\n')[:-1]
-    assert [line.split('\t')[0] for line in ids] == [prompt_id(r['prompt']) for r in rows] and all(line.count('\t') == 1 for line in ids)
+    assert [line.split('\t')[0] for line in ids] == [prompt_id(r['prompt']) for r in whole] and all(line.count('\t') == 1 for line in ids)
 
-@pytest.mark.parametrize('said', ['A list:\n\n- one\u2028\n- two\r\n\tcode  with  blanks — “quotes”', 'x'*2**20, 'a\x00b\x1f\x7f\x85\ufeff\u202e', 'half \ud83d', '\u0130İ ﬁ e\u0301'],
-    ids=['layout', 'megabyte', 'control', 'surrogate', 'unicode'])
+@pytest.mark.parametrize('said', ['A list:\n\n- one\u2028\n- two\r\n\tcode  with  blanks — “quotes”', 'x'*2**20, 'a\x00b\x1f\x7f\x85\ufeff\u202e', '\u0130İ ﬁ e\u0301'],
+    ids=['layout', 'megabyte', 'control', 'unicode'])
 @pytest.mark.parametrize('name', ['p.jsonl', 'p.jsonl.gz', 'p.jsonl.zst', 'p.json', 'p.json.gz'])
 def test_text_is_not_damaged(tmp_path, said, name):
     row = dict(prompt='  Why?\n', chosen=said, rejected='No.')
@@ -263,15 +267,16 @@ def test_near_duplicates_stay_in_one_fold(tmp_path):
     rng = random.Random(0)
     def text(): return ' '.join(rng.choice('river mountain autumn train violin letter copper window garden thunder'.split())+str(rng.randrange(99)) for _ in range(12))
     texts = [text() for _ in range(120)]
-    write(tmp_path/'a.jsonl', [plain(i, prompt=t+end) for i, t in enumerate(texts) for end in ('', '!', ' ?')])
+    ends = ('', ' x', ' yes')
+    write(tmp_path/'a.jsonl', [plain(i, prompt=t+end) for i, t in enumerate(texts) for end in ends])
     read(tmp_path, jsonl_path=tmp_path/'a.jsonl')
-    apart = prompts_of(tmp_path)
+    apart = prompts_of(tmp_path, near=0)
     together = prompts_of(tmp_path, near=.8)
     groups = list(read_jsonl(tmp_path/'.cache/data/near_groups.jsonl'))
     assert len(groups) == 120 and all(len(g['prompts']) == 3 for g in groups)
     def crossing(prompts):
         folds = {p['prompt']: p['fold'] for p in prompts}
-        return sum(len({folds[t+e] for e in ('', '!', ' ?')}) > 1 for t in texts)
+        return sum(len({folds[t+e] for e in ends}) > 1 for t in texts)
     assert crossing(apart) > 30 and crossing(together) == 0
     assert [p['id'] for p in together] == [p['id'] for p in apart], 'nothing is removed'
     folds = read_folds(tmp_path/'.cache/data/prompts_all.jsonl')
@@ -321,7 +326,7 @@ def test_a_truncated_file_is_named(tmp_path, name):
 
 def test_paths_that_hold_nothing(tmp_path):
     (tmp_path/'empty').mkdir()
-    with pytest.raises(FileNotFoundError, match='No .jsonl, .json or .parquet file in'): read(tmp_path, only='hh', hh_path=tmp_path/'empty')
+    with pytest.raises(FileNotFoundError, match='No .jsonl, .json, .csv, .tsv or .parquet file in'): read(tmp_path, only='hh', hh_path=tmp_path/'empty')
     with pytest.raises(FileNotFoundError, match='nowhere'): read(tmp_path, only='hh', hh_path=tmp_path/'nowhere')
     with pytest.raises(ValueError, match='--jsonl_path'): read(tmp_path, only='jsonl')
     with pytest.raises(ValueError, match='No source is left'): read(tmp_path, hh=False, uf=False, se=False)
@@ -399,3 +404,184 @@ def test_killed_while_writing(tmp_path):
     assert sum(1 for _ in read_jsonl(out)) == 12_000
     assert not list(out.parent.rglob('*.half-*')), 'what the killed runs left is gone'
     assert [f.read_bytes() for f in out.parent.glob('.pairs_all.jsonl.runs/*/pairs_all.jsonl')] == [old], 'what was there before is kept'
+
+# -- rows that mean something else than they seem to
+
+def said(role, content, **more): return dict(role=role, content=content, **more)
+
+TALK = [said('user', 'Name a ship.'), said('assistant', 'The ketch.'), said('user', 'Another?')]
+FIRST = dict(prompt='User: Name a ship.\n\nAssistant: The ketch.\n\nUser: Another?', messages=TALK, chosen='A yawl.', rejected='A cart.')
+GOOD, BAD = said('assistant', 'A yawl.'), said('assistant', 'A cart.')
+MARKED = '\n\nHuman: Name a ship.\n\nAssistant: The ketch.\n\nHuman: Another?\n\nAssistant:'
+def share(messages): return [{'from': dict(user='human', assistant='gpt', system='system')[m['role']], 'value': m['content']} for m in messages]
+
+@pytest.mark.parametrize('row', [
+    dict(prompt='Another?', messages=TALK, chosen='A yawl.', rejected='A cart.'),
+    dict(prompt='Name a ship.', messages=[*TALK, GOOD], chosen='A yawl.', rejected='A cart.'),
+    dict(messages=TALK, chosen=[GOOD], rejected=[BAD]),
+    dict(messages=TALK, chosen=GOOD, rejected=BAD),
+    dict(prompt=TALK, chosen='A yawl.', rejected='A cart.'),
+    dict(prompt=TALK, chosen=[*TALK, GOOD], rejected=[*TALK, BAD]),
+    dict(prompt='Another?', chosen=[*TALK, GOOD], rejected=[*TALK, BAD]),
+    dict(prompt=MARKED, chosen=' A yawl.', rejected=' A cart.'),
+    dict(prompt=MARKED.strip(), chosen=' A yawl.', rejected='A cart.'),
+    dict(prompt=MARKED, chosen=MARKED+' A yawl.', rejected=MARKED+' A cart.'),
+    dict(chosen=MARKED+' A yawl.', rejected=MARKED+' A cart.'),
+    dict(conversations=share(TALK), chosen=share([GOOD])[0], rejected=share([BAD])[0]),
+    dict(conversations=TALK, chosen='A yawl.', rejected='A cart.'),
+    dict(prompt=[said('User', 'Name a ship.'), *TALK[1:]], chosen=[said('assistant', [dict(type='text', text='A '), dict(type='text', text='yawl.')])], rejected=[BAD])])
+def test_one_talk_in_many_shapes(row):
+    assert pairs_by_shape(row) == [FIRST]
+    system = [dict(p, messages=[said('system', 'Be brief.'), *TALK], prompt='System: Be brief.\n\n'+FIRST['prompt']) for p in [FIRST]]
+    assert pairs_by_shape(dict(row, system='Be brief.')) == system, 'a system text beside any shape comes first'
+
+@pytest.mark.parametrize('row,reason', [
+    (dict(messages=[*TALK, said('assistant', 'A sloop.')], chosen='A yawl.', rejected='A cart.'), 'messages end with another answer than the chosen one'),
+    (dict(prompt='Bake bread.', messages=TALK, chosen='A yawl.', rejected='A cart.'), 'prompt and messages disagree'),
+    (dict(prompt=[TALK[0], said('assistant', '', tool_calls=[dict(name='x')]), TALK[2]], chosen=[GOOD], rejected=[BAD]), 'tool calls'),
+    (dict(prompt=[TALK[0], said('assistant', None, function_call=dict(name='x')), TALK[2]], chosen=[GOOD], rejected=[BAD]), 'tool calls'),
+    (dict(prompt=[TALK[0], TALK[1], said('tool', '14'), TALK[2]], chosen=[GOOD], rejected=[BAD]), 'tool calls'),
+    (dict(conversations=[*share(TALK[:1]), {'from': 'function_call', 'value': '{}'}, {'from': 'observation', 'value': '14'}], chosen=share([GOOD])[0], rejected=share([BAD])[0]), 'tool calls'),
+    (dict(prompt='Name a ship.', tools=[dict(name='x')], chosen='A yawl.', rejected='A cart.'), 'tool calls'),
+    (dict(prompt=[TALK[0], said('assistant', None), TALK[2]], chosen=[GOOD], rejected=[BAD]), 'a turn without text'),
+    (dict(prompt=[TALK[0], said('assistant', ' '), TALK[2]], chosen=[GOOD], rejected=[BAD]), 'an empty turn'),
+    (dict(prompt=[TALK[0], said('critic', 'Hm.'), TALK[2]], chosen=[GOOD], rejected=[BAD]), "a turn of the role 'critic'"),
+    (dict(prompt=[said('user', [dict(type='image'), dict(type='text', text='What?')])], chosen=[GOOD], rejected=[BAD]), 'pictures or sound'),
+    (dict(prompt='What is it?', images=['x.png'], chosen='A yawl.', rejected='A cart.'), 'pictures or sound'),
+    (dict(prompt=[said('system', 'Be long.'), TALK[0]], system='Be brief.', chosen=[GOOD], rejected=[BAD]), 'two system texts')])
+def test_a_row_that_cannot_mean_what_it_says_is_left_out(row, reason): assert pairs_by_shape(row) == [reason]
+
+def test_talks_with_the_same_last_words_are_two_prompts(tmp_path):
+    rows = [dict(prompt='Another?', messages=[said('user', f'Name {what}.'), said('assistant', 'One.'), said('user', 'Another?')], chosen='Two.', rejected='No.') for what in ('a ship', 'a loaf')]
+    write(tmp_path/'a.jsonl', rows)
+    read(tmp_path, jsonl_path=tmp_path/'a.jsonl')
+    assert len(prompts_of(tmp_path)) == 2
+    write(tmp_path/'raw.jsonl', [dict(r, src='mine') for r in rows])
+    with pytest.raises(ValueError, match='raw.jsonl, line 1: the prompt is not the text of its messages.*densirl data'): prompts_of(tmp_path, pairs_path=str(tmp_path/'raw.jsonl'))
+
+@pytest.mark.parametrize('name', ['h.jsonl', 'h.json', 'h.csv'])
+def test_halves_of_characters_are_mended_and_counted(tmp_path, name):
+    rows = [plain(0, chosen='a boat \ud83d\udea4', note='cut \ud83d'), plain(1, prompt='cut \udea4 here', note='x'), plain(2, note='🚤')]
+    if name == 'h.csv':
+        with open(tmp_path/name, 'w', encoding='utf-8', errors='surrogatepass', newline='') as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+    else: (tmp_path/name).write_text('\n'.join(map(json.dumps, rows)) if name == 'h.jsonl' else json.dumps(rows))
+    pairs, facts = read(tmp_path, jsonl_path=tmp_path/name)
+    assert facts['mended'] == 2 and [p['meta']['note'] for p in pairs] == ['cut \ufffd', 'x', '🚤']
+    assert pairs[0]['chosen'] == 'a boat 🚤' and pairs[1]['prompt'] == 'cut \ufffd here'
+    (tmp_path/'.cache/data/pairs_all.jsonl').read_bytes().decode('utf-8')
+    (tmp_path/'raw.jsonl').write_text(json.dumps(dict(plain(0), chosen='cut \ud83d', src='mine')))
+    with pytest.raises(ValueError, match='raw.jsonl, line 1: half a surrogate pair.*densirl data'): prompts_of(tmp_path/'raw', pairs_path=str(tmp_path/'raw.jsonl'))
+    (tmp_path/'raw.json').write_text(json.dumps([dict(plain(0), src='mine')]))
+    with pytest.raises(ValueError, match='raw.json, item 1: not JSON lines.*densirl data'): prompts_of(tmp_path/'raw', pairs_path=str(tmp_path/'raw.json'))
+    assert {p['id'] for p in prompts_of(tmp_path)} == {p['prompt_id'] for p in pairs}
+
+# -- tables, names of columns, folders
+
+@pytest.mark.parametrize('name', ['t.csv', 't.tsv', 't.csv.gz', 't.parquet', 't.jsonl', 't.json'])
+def test_columns_are_renamed_in_every_format(tmp_path, name):
+    rows = [dict(instruction=f'Name loaf {i}, please:\n"rye"?', good='Rye; yes.\r\nAnd more.', bad='No.', score=str(i)) for i in range(3)]
+    if name.endswith('.parquet') or name.endswith('.jsonl'): write(tmp_path/name, rows)
+    elif name.endswith('.json'): (tmp_path/name).write_text(json.dumps(rows))
+    else:
+        with files.atomic(tmp_path/name) as file:
+            table = csv.DictWriter(file, list(rows[0]), delimiter='\t' if 'tsv' in name else ',')
+            table.writeheader()
+            table.writerows(rows)
+    pairs, _ = read(tmp_path, jsonl_path=tmp_path/name, columns='prompt=instruction,chosen=good,rejected=bad')
+    assert [(p['prompt'], p['chosen'], p['rejected'], p['meta']) for p in pairs] == [(r['instruction'], r['good'], r['bad'], dict(score=r['score'])) for r in rows]
+    with pytest.raises(ValueError, match="no field 'answer', only 'bad', 'good', 'instruction', 'score'"): read(tmp_path, jsonl_path=tmp_path/name, columns='prompt=instruction,chosen=answer,rejected=bad')
+    for wrong in ('prompt', 'question=instruction', 'prompt=a,prompt=b', 'chosen='):
+        with pytest.raises(ValueError, match='columns'): read(tmp_path, jsonl_path=tmp_path/name, columns=wrong)
+    with pytest.raises(ValueError, match='columns.*--jsonl_path'): read(tmp_path, source='demo', columns='prompt=a')
+
+@pytest.mark.parametrize('text,said', [
+    ('prompt,chosen,rejected\na,b,c\nd,e\n', 'line 3: 2 fields where the first row has 3'),
+    ('prompt,chosen,rejected\n"a\nb",c,d\ne,f,g,h\n', 'line 4: 4 fields where'),
+    ('prompt,chosen,rejected\na,b,c\n"d,e,f\ng,h,i\n', 'line 3: the table breaks in the row that begins there'),
+    ('prompt,chosen,chosen\na,b,c\n', "names its columns 'prompt', 'chosen', 'chosen'"),
+    ('prompt,chosen,rejected\na,"[{\'role\': \'user\', \'content\': \'b\'}]",c\n', 'line 2: a field holds messages in a form that is not JSON'),
+    ('prompt;chosen;bad\na;b;c\n', "line 2: no field 'rejected', only 'bad', 'chosen', 'prompt'")])
+def test_a_broken_table_is_named(tmp_path, text, said):
+    (tmp_path/'bad.csv').write_text(text, newline='')
+    with pytest.raises(ValueError, match=said): read(tmp_path, jsonl_path=tmp_path/'bad.csv')
+
+def test_a_few_ragged_rows_may_pass(tmp_path):
+    (tmp_path/'a.csv').write_text('prompt,chosen,rejected\n'+''.join(f'p{i},yes,no\n' for i in range(20))+'cut,\n')
+    pairs, facts = read(tmp_path, jsonl_path=tmp_path/'a.csv', max_bad='5%')
+    assert (len(pairs), facts['bad']) == (20, 1)
+
+def test_messages_in_a_table(tmp_path):
+    (tmp_path/'a.csv').write_text('chosen,rejected\n'+','.join('"'+json.dumps([*TALK, end]).replace('"', '""')+'"' for end in (GOOD, BAD))+'\n')
+    assert read(tmp_path, jsonl_path=tmp_path/'a.csv')[0][0]['messages'] == TALK
+
+def test_what_follows_a_list_is_not_lost(tmp_path):
+    for end in ('\n{"prompt":"x"}', ' []', 'x', ','):
+        (tmp_path/'a.json').write_text(json.dumps([plain(0), plain(1)])+end)
+        with pytest.raises(ValueError, match='line [12]: the list breaks after item 2 .the list ends there'): read(tmp_path, jsonl_path=tmp_path/'a.json')
+    (tmp_path/'a.json').write_text(json.dumps([plain(0)])+' \n'*70_000)
+    assert len(read(tmp_path, jsonl_path=tmp_path/'a.json')[0]) == 1
+
+def test_a_folder_gives_its_training_split(tmp_path, capsys):
+    folder = tmp_path/'set'
+    write(folder/'data/train-00000-of-00002.parquet', [plain(0)])
+    write(folder/'data/train-00001-of-00002.parquet', [plain(1)])
+    write(folder/'data/test-00000-of-00001.parquet', [plain(2)])
+    for name in ('dataset_infos.json', 'dataset_dict.json', 'state.json', '.cache/huggingface/download/x.json'): files.write_json(folder/name, dict(splits={}))
+    pairs, _ = read(tmp_path, jsonl_path=folder)
+    assert [p['chosen'] for p in pairs] == ['Pike 0.', 'Pike 1.'] and 'set: reading train, not test' in capsys.readouterr().out
+    assert [p['chosen'] for p in read(tmp_path/'t', jsonl_path=folder, split='test')[0]] == ['Pike 2.']
+    with pytest.raises(ValueError, match='holds no split dev, but test, train'): read(tmp_path/'d', jsonl_path=folder, split='dev')
+    write(tmp_path/'held/validation/0000.parquet', [plain(3)])
+    assert len(read(tmp_path/'v', jsonl_path=tmp_path/'held')[0]) == 1 and 'held: reading validation' in capsys.readouterr().out
+    write(tmp_path/'held/mine.jsonl', [plain(4)])
+    assert [p['chosen'] for p in read(tmp_path/'w', jsonl_path=tmp_path/'held')[0]] == ['Pike 4.']
+
+# -- folds
+
+def exact_leak(prompts, threshold=.6):
+    "Fraction of the fold eval with a near-copy in another fold, from all pairs"
+    shingled = [set(shingles(p['prompt']).tolist()) for p in prompts]
+    held = [i for i, p in enumerate(prompts) if p['fold'] == 'eval']
+    others = [j for j, p in enumerate(prompts) if p['fold'] != 'eval']
+    alike = lambda a, b: len(a & b) >= threshold*len(a | b)
+    return sum(any(alike(shingled[i], shingled[j]) for j in others) for i in held)/len(held)
+
+def test_folds_of_the_built_in_corpus_do_not_leak(tmp_path):
+    make_data(make_config(DataConfig, 'demo', root=str(tmp_path)))
+    prompts = prompts_of(tmp_path)
+    stats = json.loads((tmp_path/'.cache/data/stats.json').read_text())
+    assert exact_leak(prompts) == pytest.approx(stats['leak']['any'], abs=.01) and stats['leak']['any'] < .02
+    crowded = lambda rows: np.mean([p['meta']['region'] == 'crowd' for p in rows])
+    for fold, fraction in FOLDS.items():
+        mine = [p for p in prompts if p['fold'] == fold]
+        assert abs(len(mine)/len(prompts)-fraction) < .02, fold
+        assert abs(crowded(mine)-crowded(prompts)) < .1, 'crowded and rare prompts are in every fold'
+    by_name = prompts_of(tmp_path/'names', near=0, pairs_path=str(tmp_path/'.cache/data/pairs_all.jsonl'))
+    assert exact_leak(by_name) > .6, 'what names alone would do'
+
+def test_folds_depend_on_the_set_of_prompts_alone(tmp_path):
+    rng, rows, folds = random.Random(0), [dict(p, id='') for p in make_corpus(300)], {}
+    for name, order in dict(a=rows, b=rows[::-1], more=rows+[plain(i, prompt=''.join(rng.choices('abcdefghijklmnop ', k=60))) for i in range(30)]).items():
+        write(tmp_path/f'{name}.jsonl', order)
+        read(tmp_path/name, jsonl_path=tmp_path/f'{name}.jsonl')
+        folds[name] = {p['id']: p['fold'] for p in prompts_of(tmp_path/name)}
+    assert folds['a'] == folds['b']
+    assert all(folds['more'][n] == f for n, f in folds['a'].items()), 'loners that are added move nobody'
+
+def test_case_and_punctuation_make_no_other_prompt(tmp_path):
+    texts = [t for i in range(40) for t in (f'Why {i}?', f'why “{i}”', f'WHY, {i}!')]
+    write(tmp_path/'a.jsonl', [plain(i, prompt=t) for i, t in enumerate(texts)])
+    read(tmp_path, jsonl_path=tmp_path/'a.jsonl')
+    folds = {p['prompt']: p['fold'] for p in prompts_of(tmp_path, near=0)}
+    assert all(len({folds[t] for t in texts[i:i+3]}) == 1 for i in range(0, 120, 3)) and len(set(folds.values())) == 4
+    with pytest.raises(ValueError, match='near is 1.5'): prompts_of(tmp_path, near=1.5)
+
+def test_a_crowd_that_chains_is_split(tmp_path):
+    "Each prompt is near to the next, the ends have nothing in common"
+    chain = [f'{" ".join(str(1000+j) for j in range(i, i+8))}' for i in range(200)]
+    pairs = near_pairs(chain)
+    sizes = Counter(near_groups([prompt_id(t) for t in chain], chain, pairs))
+    assert len(near_pairs(chain)[0]) >= 190 and max(sizes.values()) <= 8 and sizes.total() == 200
