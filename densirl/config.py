@@ -64,8 +64,8 @@ class StageConfig:
         "Refuse values outside their ranges, before anything is read or written"
         for f in fields(self):
             value,interval = getattr(self, f.name),f.metadata.get('within', '(-inf, inf)')
-            if type(value) is int and not min(f.default, 1)<=value<2**31: raise ValueError(f'{f.name} is {value}; give a whole number from {min(f.default, 1)} up to {2**31-1}.')
-            if type(value) is float and not is_within(value, interval): raise ValueError(f'{f.name} is {value:g}; give a number in {interval}.')
+            if type(value) is int and type(f.default) is int and not min(f.default, 1)<=value<2**31: raise ValueError(f'{f.name} is {value}; give a whole number from {min(f.default, 1)} up to {2**31-1}.')
+            if type(f.default) is float and not is_within(value, interval): raise ValueError(f'{f.name} is {value:g}; give a number in {interval}.')
             if '\0' in str(value): raise ValueError(f'{f.name} is {str(value)!r}; give it without the character of number 0.')
         for out in self.outputs()[:1]:
             if self.endings and not out.endswith(self.endings): raise ValueError(f'The stage {self.stage} writes a file, and {out!r} is the name given; let it end in {" or ".join(self.endings)}.')

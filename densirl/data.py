@@ -175,7 +175,7 @@ def make_data(
                 file.write(line)
                 sources[src] += 1
             write_jsonl(bad_rows, bad.found)
-            bad.check()
+            bad.check(bad_rows)
         if revision: shutil.rmtree(parts_folder(cfg, revision))
         run.facts.update(rows=bad.rows+sum(n for what,n in dropped.items() if what in ('hh: not drawn','uf: not drawn')), pairs=sources.total(),
             sources=dict(sources), dropped=dict(dropped), mended=mends.total(), bad=len(bad.found), prompts_shared=asked.overlap(), se_revision=revision)

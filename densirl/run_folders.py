@@ -187,7 +187,7 @@ def drop_worthless(
     if home.exists() and not any(home.iterdir()): home.rmdir()
 
 # %% ../nbs/core/10_run_folders.ipynb #cell-17
-LOGS = ('metrics','samples','held_out','draws','margins')
+LOGS = ('metrics','samples','held_out','draws','margins','bad_rows')
 
 class Run:
     "An open run: where it writes, what it logs, what it found out"
@@ -240,7 +240,8 @@ def output_names(
 def check_places(
     cfg:StageConfig, # Settings of a run
 )->list: # Paths of its outputs
-    "Refuse a run whose outputs are, hold or lie in what must stay"
+    "Refuse a run whose settings are wrong, or whose outputs are, hold or lie in what must stay"
+    cfg.check()
     places,inputs = output_names(cfg),{name:cfg.path(p) for name,p in cfg.inputs().items() if not name.startswith('hub')}
     refuse_place(places, inputs, cfg.path('.'))
     return list(places.values())

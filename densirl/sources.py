@@ -222,11 +222,13 @@ class BadRows:
         self.found.append(dict(place=place, reason=reason, row=text[:500]))
         if len(self.found)%100_000==0: self.check()
 
-    def check(self)->None:
+    def check(self,
+        listed='', # File that lists them, for the message
+    )->None:
         "Raise an error if more rows were bad than may be"
         if len(self.found) > self.share*self.rows:
-            first = self.found[0]
-            raise ValueError(f'{len(self.found)} of {self.rows} rows are bad, more than --max_bad={self.share:.4%}; the first is {first["place"]}: {first["reason"]}.')
+            first,where = self.found[0],f'; all are listed in {listed}' if listed else ''
+            raise ValueError(f'{len(self.found)} of {self.rows} rows are bad, more than --max_bad={self.share:.4%}; the first is {first["place"]}: {first["reason"]}{where}.')
 
 # %% ../nbs/core/27_sources.ipynb #cell-22
 def comparisons(
