@@ -13,9 +13,10 @@ import numpy as np
 from .config import StageConfig, where
 from .dist import join_ranks
 from .files import need, read_jsonl, write_jsonl
-from .models import encode_prompt, load_policy, load_tokenizer, model_name, prompt_messages, start_path
+from .models import load_policy, model_name, start_path
 from .rollout import completion_uniforms, generate
 from .runs import read_manifest
+from .tokens import chat_format, check_prompts, decode_completion, encode_prompt, load_tokenizer, match_vocabulary, prompt_messages
 
 # %% ../nbs/core/85_chat.ipynb #cell-5
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def answer(
     "Answer conversations"
     ids = [encode_prompt(tokenizer, messages, cfg.max_prompt_tokens) for messages in conversations]
     chance = np.stack([completion_uniforms(cfg.seed, 0, first+i, 1, cfg.max_new_tokens) for i in range(len(ids))])
-    return [tokenizer.decode(group[0], skip_special_tokens=True) for group in generate(policy, ids, chance, tokenizer.eos_token_id, cfg.temperature)]
+    return [decode_completion(tokenizer, group[0]) for group in generate(policy, ids, chance, chat_format(tokenizer).ends, cfg.temperature)]
 
 def read_prompts(
     path:Path, # JSON lines, or a text
@@ -83,7 +84,10 @@ def run_chat(
     rows = read_prompts(need(cfg.path(cfg.prompts_file), 'source')) if cfg.prompts_file else None
     folder = start_path(cfg.ckpt_path, cfg.path(cfg.ckpt_path), 'grpo')
     if read_manifest(folder).get('status', 'complete')!='complete': raise RuntimeError(f'The run at {folder} is not finished; give the command that began it again, or another --ckpt_path.')
-    policy,tokenizer,messages = load_policy(folder, device=join_ranks().device),load_tokenizer(folder),[]
+    tokenizer,messages = load_tokenizer(folder),[]
+    check_prompts(tokenizer, rows or [], cfg.max_prompt_tokens, folder)
+    policy = load_policy(folder, device=join_ranks().device)
+    match_vocabulary(policy, tokenizer)
     if rows is not None:
         write_jsonl(cfg.path(cfg.answers_path), answered(policy, tokenizer, rows, cfg))
         return cfg.path(cfg.answers_path)
