@@ -16,7 +16,7 @@ from .dist import Ranks, gather, join_ranks, mean_of
 from .files import read_json, read_jsonl, repo_root, write_json
 from .logps import compute_context, pack_groups, token_facts
 from .models import BUILT_IN, compute_dtype, load_policy, model_folder, model_input, model_name, save_model, start_path
-from .runs import open_run, up_to_date
+from .runs import open_run, run_key, up_to_date
 from .sampler import epoch_batches, rank_slice
 from .tokens import check_prompts, encode_completion, encode_prompt, load_tokenizer, match_vocabulary, prompt_messages
 from .trainer import Progress, make_optimizer, optimizer_step
@@ -83,8 +83,12 @@ def skip_stage(
     cfg:StageConfig, # Settings of a run
     ranks:Ranks, # Who we are
 )->bool: # The same on every rank
-    "Whether there is nothing to do, as the main rank sees it"
-    return gather(up_to_date(cfg) if ranks.main else None, ranks)[0]
+    "Whether there is nothing to do, as the main rank sees it; inputs that are missing or unfinished are refused here, before anything is read"
+    def done()->bool:
+        if up_to_date(cfg): return True
+        run_key(cfg)
+        return False
+    return gather(done() if ranks.main else None, ranks)[0]
 
 # %% ../nbs/core/45_sft.ipynb #cell-11
 def train_sft(

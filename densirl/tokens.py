@@ -6,7 +6,7 @@
 __all__ = ['TEMPLATE', 'DATE', 'DIRECTIVES', 'CLOCK', 'TEMPLATE_ERRORS', 'ADAPTATIONS', 'MARK', 'UNMARK', 'quiet_transformers',
            'tiny_tokenizer', 'stopped_clock', 'rendered', 'tokens_of', 'added_tokens', 'turn_end', 'ChatFormat',
            'make_format', 'chat_format', 'plain_tokens', 'encode_completion', 'decode_completion', 'as_given',
-           'turns_joined', 'system_in_user', 'fit', 'escaped_tokens', 'encode_chat', 'shorten', 'cut_chat',
+           'turns_joined', 'system_in_user', 'fit', 'escaped_tokens', 'encode_chat', 'shorten', 'exchanges', 'cut_chat',
            'prompt_tokens', 'encode_prompt', 'prompt_messages', 'check_prompts', 'id_list', 'folder_config',
            'own_template', 'known_rows', 'load_tokenizer', 'match_vocabulary', 'padding_token', 'separate_padding',
            'differing_token']
@@ -263,12 +263,19 @@ def shorten(
         span = found.token_to_chars(drop) # None for a space that SentencePiece puts before a text
         return text[span.start:] if span else text
     (least,ids),drop = filled('.'),0
-    drop = max(0, len(found['input_ids'])-max(0, max_tokens-len(ids)))
+    drop = max(0, len(found['input_ids'])-1-max(0, max_tokens-len(ids)))
     while len(ids)<=max_tokens and drop<len(found['input_ids']):
         new,longer = filled(rest(drop))
         if len(longer)<=max_tokens: return new,longer
         drop += len(longer)-max_tokens
     return least,ids
+
+def exchanges(
+    messages:list, # Chat messages
+)->tuple: # System messages at the beginning; where each exchange begins
+    "A conversation as system messages and exchanges: a message of the user and what follows it"
+    head = list(takewhile(lambda m: m['role'] in ('system','developer'), messages[:-1]))
+    return head,[i for i,m in enumerate(messages) if m['role']=='user'] or [len(head)]
 
 def cut_chat(
     tokenizer, # A transformers tokenizer
@@ -276,8 +283,7 @@ def cut_chat(
     max_tokens:int, # Tokens to keep at most
 )->list: # Token ids
     "Drop the oldest exchanges, then the beginning of the oldest text"
-    head = list(takewhile(lambda m: m['role'] in ('system','developer'), messages[:-1]))
-    starts = [i for i,m in enumerate(messages) if m['role']=='user'] or [len(head)]
+    head,starts = exchanges(messages)
     def brief(start): return [dict(messages[start], content='.'), *messages[start+1:]]
     for i in range(len(head)): head = shorten(tokenizer, head+brief(starts[-1])[:1], i, max_tokens//2)[0][:-1]
     fitting = takewhile(lambda start: len(encode_chat(tokenizer, head+brief(start)))<=max_tokens, starts[-2::-1])
@@ -286,7 +292,9 @@ def cut_chat(
     for i in [*range(len(head), len(kept)), *range(len(head))]:
         kept,ids = shorten(tokenizer, kept, i, max_tokens)
         if len(ids)<=max_tokens: return ids
-    raise ValueError(f'A prompt may have {max_tokens} tokens, and the chat template alone writes {len(ids)}; raise --max_prompt_tokens.')
+    whole = encode_chat(tokenizer, messages)
+    bos = whole[:int(whole[0]==tokenizer.bos_token_id)]
+    return bos+whole[len(whole)-max_tokens+len(bos):]
 
 def prompt_tokens(
     tokenizer, # A transformers tokenizer
@@ -320,15 +328,19 @@ def check_prompts(
     main:bool=True, # Whether this process prints; one rank of several does
 )->int: # Conversations that are adapted to the template
     "Refuse conversations that a chat template cannot render, naming the first; count and print those that are adapted"
-    adapted,room = 0,{} # the tokens that are left of a conversation without text
+    adapted,least = 0,{} # tokens of the shortest conversation that can be left
     for record in records:
         messages = prompt_messages(record)
         roles = tuple(m['role'] for m in messages)
         try:
             adapted += fit(tokenizer, messages)[0] is not as_given
-            if roles not in room: room[roles] = cut_chat(tokenizer, [dict(m, content='.') for m in messages], max_tokens)
+            if roles not in least:
+                head,starts = exchanges(messages)
+                least[roles] = len(encode_chat(tokenizer, [dict(m, content='.') for m in head+messages[starts[-1]:]]))
         except ValueError as error:
             raise ValueError(f'The prompt {record.get("id", "")} {str(messages[-1].get("content"))[:60]!r} does not suit the model at {name}. {error}') from error
+    if max(least.values(), default=0)>max_tokens and main:
+        print(f'max_prompt_tokens is {max_tokens}, and the chat template of {name} alone writes up to {max(least.values())} tokens: long prompts lose their marks; raise it', flush=True)
     if adapted and main: print(f'{adapted} prompts are adapted to the chat template of {name}: system messages stand before the next message, neighbours of one role are one message', flush=True)
     return adapted
 
