@@ -13,11 +13,12 @@ import numpy as np
 from .config import StageConfig, where, within
 from .dist import join_ranks
 from .files import need, write_jsonl
-from .models import encode_prompt, load_policy, load_tokenizer, model_input, model_name, prompt_messages, start_path
+from .models import load_policy, model_input, model_name, start_path
 from .prompt_sets import read_prompts
 from .rollout import completion_uniforms, generate
 from .run_folders import open_run
 from .runs import read_manifest
+from .tokens import chat_format, check_prompts, decode_completion, encode_prompt, load_tokenizer, match_vocabulary, prompt_messages
 
 # %% ../nbs/core/85_chat.ipynb #cell-5
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def answer(
     "Answer conversations"
     ids = [encode_prompt(tokenizer, messages, cfg.max_prompt_tokens) for messages in conversations]
     chance = np.stack([completion_uniforms(cfg.seed, 0, first+i, 1, cfg.max_new_tokens) for i in range(len(ids))])
-    return [tokenizer.decode(group[0], skip_special_tokens=True) for group in generate(policy, ids, chance, tokenizer.eos_token_id, cfg.temperature)]
+    return [decode_completion(tokenizer, group[0]) for group in generate(policy, ids, chance, chat_format(tokenizer).ends, cfg.temperature)]
 
 # %% ../nbs/core/85_chat.ipynb #cell-9
 def answered(
@@ -76,7 +77,10 @@ def run_chat(
     rows = read_prompts(need(cfg.path(cfg.prompts_file), 'source')) if cfg.prompts_file else None
     folder = start_path(cfg.ckpt_path, cfg.path(cfg.ckpt_path), 'grpo')
     if read_manifest(folder).get('status', 'complete')!='complete': raise RuntimeError(f'The run at {folder} is not finished; give the command that began it again, or another --ckpt_path.')
-    policy,tokenizer,messages = load_policy(folder, device=join_ranks().device),load_tokenizer(folder),[]
+    tokenizer,messages = load_tokenizer(folder),[]
+    check_prompts(tokenizer, rows or [], cfg.max_prompt_tokens, folder)
+    policy = load_policy(folder, device=join_ranks().device)
+    match_vocabulary(policy, tokenizer)
     if rows is not None:
         with open_run(cfg) as run: write_jsonl(run.outputs[0], answered(policy, tokenizer, rows, cfg))
         return cfg.path(cfg.answers_path)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS_ALONE', 'SMALLER', 'SHOWN', 'GrpoConfig', 'check_settings', 'first_policy', 'load_models', 'sample_groups',
-           'mean_densities', 'grpo_steps', 'run_facts', 'leave', 'begin', 'drawn_pairs', 'train_grpo']
+           'mean_densities', 'grpo_steps', 'run_facts', 'leave', 'begin', 'check_readers', 'drawn_pairs', 'train_grpo']
 
 # %% ../nbs/03_grpo.ipynb #cell-6
 import sys
@@ -20,14 +20,15 @@ from .dist import Ranks, gather, join_ranks, mean_of
 from .draws import Draws, policy_densities, stored_densities
 from .files import need
 from .looks import LookConfig, eval_steps, held_out_prompts, look
-from .models import load_policy, load_tokenizer, model_input, model_name, save_model, start_path
+from .models import load_policy, model_input, model_name, save_model, start_path
 from .objectives import steered
 from .pairwise import pairs_by_prompt, pairwise_update, pick_pairs
-from .rewards import load_judge, load_rewards, source_files, source_weights
+from .rewards import check_judge, load_judge, load_rewards, source_files, source_weights
 from .rollout import completion_uniforms, sampling_copy
 from .run_folders import Run, open_run
 from .sampler import rank_slice
 from .sft import agreed_dtype, skip_stage
+from .tokens import check_prompts, load_tokenizer, match_vocabulary
 from .trainer import Progress, make_optimizer, memory_help, resume_training, save_training, soft_stop
 from .updates import Models, flat_groups, merge_rollouts, roll_out, rollout_metrics, update_policy
 from .verdict import read_plan
@@ -117,6 +118,7 @@ def load_models(
     def judge():
         return load_judge(start_path(cfg.rm_ckpt_path, cfg.path(cfg.rm_ckpt_path), 'rm'), tokenizer, dtype, device, how=cfg.reward_members, penalty=cfg.reward_penalty, weights=cfg.reward_weights)
     ref = load_policy(folder, device=device).requires_grad_(False)
+    for model in (policy, ref): match_vocabulary(model, tokenizer)
     return Models(policy, sampling_copy(policy, dtype), ref, load_rewards(cfg.rewards, judge, cfg.reward_scale), tokenizer, folder, dtype, device, max(1, cfg.device_batch_size//cfg.group_size))
 
 # %% ../nbs/03_grpo.ipynb #cell-20
@@ -219,6 +221,17 @@ def begin(
     models = load_models(cfg, folder, policy, agreed_dtype(ranks, cfg.path('.cache')) if dtype=='auto' else getattr(torch, dtype), ranks.device)
     return models,Draws(cfg, mine, kept['logs'].numpy() if done else stored_densities(cfg, mine)),optimizer,done,kept.get('beta', cfg.beta)
 
+def check_readers(
+    cfg:GrpoConfig, # Settings
+    prompts:list, # Prompts to draw from, and held-out ones
+    main:bool=True, # Whether this process prints
+)->int: # Prompts that are adapted to the chat template
+    "Refuse prompts that the policy's template cannot render, and a reward model that cannot read the policy's tokens"
+    folder = start_path(cfg.sft_ckpt_path, cfg.path(cfg.sft_ckpt_path), 'sft')
+    tokenizer = load_tokenizer(folder)
+    if 'rm' in source_weights(cfg.rewards): check_judge(start_path(cfg.rm_ckpt_path, cfg.path(cfg.rm_ckpt_path), 'rm'), tokenizer)
+    return check_prompts(tokenizer, prompts, cfg.max_prompt_tokens, cfg.sft_ckpt_path, main)
+
 def drawn_pairs(
     cfg:GrpoConfig, # Settings
 )->dict: # Prompt id → its pairs; empty for groups, which need none
@@ -237,10 +250,11 @@ def train_grpo(
     ranks,out = join_ranks(),cfg.path(cfg.outputs()[0])
     if cfg.plan_path: read_plan(need(cfg.path(cfg.plan_path), 'plan'))
     if skip_stage(cfg, ranks): return out
+    prompts = list(read_prompt_records(cfg.path(cfg.prompts_path)))
+    held_out,looks,known = held_out_prompts(prompts, cfg.eval_prompts),eval_steps(cfg),drawn_pairs(cfg)
+    mine = [p for p in prompts if p['fold']=='policy' and (cfg.objective=='groups' or p['id'] in known)]
+    adapted = check_readers(cfg, mine+held_out, ranks.main)
     with open_run(cfg, ranks.main) as run, memory_help(SMALLER), soft_stop(run) as stopper:
-        prompts = list(read_prompt_records(cfg.path(cfg.prompts_path)))
-        held_out,looks,known = held_out_prompts(prompts, cfg.eval_prompts),eval_steps(cfg),drawn_pairs(cfg)
-        mine = [p for p in prompts if p['fold']=='policy' and (cfg.objective=='groups' or p['id'] in known)]
         models,draws,optimizer,done,beta = begin(cfg, mine, run, ranks)
         if not done: look(cfg, models, held_out, run, ranks, 0)
         progress = Progress(run, cfg.max_steps, out.name, done)
@@ -255,5 +269,5 @@ def train_grpo(
         progress.close()
         if ranks.main:
             save_model(models.policy, models.tokenizer, run.folder, name=model_name(models.folder))
-            run.facts.update(run_facts(cfg, models, draws), **metrics)
+            run.facts.update(run_facts(cfg, models, draws), **metrics, **(dict(adapted_prompts=adapted) if adapted else {}))
     return out

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPT_FIELDS', 'EvalConfig', 'prompts_to_ask', 'our_prompts', 'choose_prompts', 'find_policies', 'check_judges',
-           'tokens_to_write', 'ask', 'gather_samples', 'judge_samples', 'embeds', 'write_diversity', 'write_artefacts',
-           'make_eval']
+           'check_templates', 'tokens_to_write', 'ask', 'gather_samples', 'judge_samples', 'embeds', 'write_diversity',
+           'write_artefacts', 'make_eval']
 
 # %% ../nbs/04_eval_mode_collapse.ipynb #cell-6
 import json
@@ -26,13 +26,14 @@ from .dist import join_ranks
 from .embed import embed_cached, load_embedder
 from .files import atomic, need, read_jsonl, read_or_make, text_hash, write_json, write_jsonl
 from .measures import measure_piles, measure_prompts, reference_samples, show_means
-from .models import load_policy, load_tokenizer, start_path
+from .models import load_policy, start_path
 from .policies import Policy, about_policy, find_runs, from_run, gold_rewards, read_completions, sample_prompts, shared_prompts, weights_by_step, with_looks
 from .prompt_sets import balanced_prompts, open_prompts, prompt_records, read_prompts
 from .rewards import load_judge
 from .run_folders import is_made, open_run
 from .runs import code_hash, input_hash, read_manifest
 from .sft import agreed_dtype
+from .tokens import check_prompts, load_tokenizer, match_vocabulary
 
 # %% ../nbs/04_eval_mode_collapse.ipynb #cell-11
 @dataclass(frozen=True)
@@ -144,6 +145,15 @@ def check_judges(
         if began and began!=input_hash(cfg.path(cfg.ref_path), 'sft'):
             raise ValueError(f'{p.name} did not begin with the policy at {cfg.path(cfg.ref_path)}; give the --ref_path that it was trained from.')
 
+def check_templates(
+    cfg:EvalConfig, # Settings
+    policies:list, # Who is evaluated
+    prompts:list, # From `choose_prompts`
+)->None:
+    "Refuse prompts that the chat template of a policy or of the gold judge cannot render"
+    folders = {p.name:p.folder for p in policies if not p.ready}|(dict(gold=cfg.gold_path) if cfg.is_judged() else {})
+    for name,folder in folders.items(): check_prompts(load_tokenizer(start_path(folder, cfg.path(folder), 'gold' if name=='gold' else 'grpo')), prompts, cfg.max_prompt_tokens, name)
+
 def tokens_to_write(
     cfg:EvalConfig, # Settings
     policies:list, # Who is evaluated
@@ -170,7 +180,9 @@ def ask(
     def sample():
         print(f'{policy.name}: {", ".join(f"{len(part)} prompts × {n} completions" for n,part in parts.items())}', flush=True)
         model,tokenizer = load_policy(folder, device=device),load_tokenizer(folder)
+        match_vocabulary(model, tokenizer)
         reference = load_policy(ref, device=device) if ref and load_tokenizer(ref).get_vocab()==tokenizer.get_vocab() else None
+        if reference: match_vocabulary(reference, tokenizer)
         return [row for n,part in parts.items() for row in sample_prompts(model, tokenizer, part, reference, samples=n, batch=cfg.batch_size, dtype=dtype, **sizes)]
     return read_or_make(cfg.path('.cache/samples'), dict(sizes, weights=hashed, prompts=[[n,p['id']] for n,part in parts.items() for p in part], dtype=str(dtype), code=code_hash('policies')), sample)
 
@@ -266,6 +278,7 @@ def make_eval(
     if cfg.languagetool_url: language_tool(cfg.languagetool_url)[0].check('Does it answer?', 'en')
     known,logs = our_prompts(cfg, policies)
     prompts = choose_prompts(cfg, policies, known, logs)
+    check_templates(cfg, policies, prompts)
     with open_run(cfg) as run:
         out = run.folder
         samples = judge_samples(cfg, gather_samples(cfg, policies, prompts), prompts)

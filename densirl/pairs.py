@@ -12,8 +12,8 @@ import torch
 from .dist import Ranks, gather, in_turn
 from .files import atomic
 from .logps import compute_context, last_states, pack_groups
-from .models import encode_completion, encode_prompt, prompt_messages
 from .runs import code_hash
+from .tokens import encode_completion, encode_prompt, prompt_messages
 
 # %% ../nbs/core/43_pairs.ipynb #cell-6
 def encode_pairs(

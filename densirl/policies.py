@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 from .files import read_jsonl, text_hash
 from .logps import compute_context, pack_groups, token_facts
 from .measures import describe_draws
-from .models import encode_completion, encode_prompt, prompt_messages
 from .rewards import Judge, score_groups
 from .rollout import completion_uniforms, generate
 from .runs import read_log, read_manifest
 from .text import prompt_id
+from .tokens import chat_format, decode_completion, encode_completion, encode_prompt, prompt_messages
 
 # %% ../nbs/core/60_policies.ipynb #cell-6
 @dataclass(frozen=True)
@@ -145,18 +145,18 @@ def sample_prompts(
     with_facts:bool=True, # Whether to compute entropy and divergence, which costs more than short completions do
 )->list: # One record per completion
     "Let a policy complete prompts"
-    rows,device = [],str(next(model.parameters()).device)
+    rows,device,ends = [],str(next(model.parameters()).device),chat_format(tokenizer).ends
     for i in tqdm(range(0, len(prompts), batch), desc='sampling', disable=len(prompts)<=batch):
         part = prompts[i:i+batch]
         ids = [encode_prompt(tokenizer, prompt_messages(p), max_prompt_tokens) for p in part]
         with compute_context(dtype, device):
-            written = generate(model, ids, np.stack([prompt_uniforms(seed, run, p['id'], samples, max_new_tokens) for p in part]), tokenizer.eos_token_id, temperature)
+            written = generate(model, ids, np.stack([prompt_uniforms(seed, run, p['id'], samples, max_new_tokens) for p in part]), ends, temperature)
             facts = token_facts(model, pack_groups(ids, written).to(device), ref, 'value') if with_facts else None
         for g,p in enumerate(part):
             for s,tokens in enumerate(written[g]):
                 told = dict(entropy=facts.entropy[g,s].sum().item()/len(tokens)) if with_facts else {}
                 if with_facts and ref is not None: told['exact_kl'] = facts.kl[g,s].sum().item()
-                rows.append(dict(prompt_id=p['id'], sample=s, completion=tokenizer.decode(tokens, skip_special_tokens=True), length=len(tokens), ended=tokens[-1]==tokenizer.eos_token_id, **told))
+                rows.append(dict(prompt_id=p['id'], sample=s, completion=decode_completion(tokenizer, tokens), length=len(tokens), ended=tokens[-1] in ends, **told))
     return rows
 
 # %% ../nbs/core/60_policies.ipynb #cell-20
@@ -172,7 +172,7 @@ def gold_rewards(
     dtype:torch.dtype=torch.float32, # Precision of the products
 )->list: # One number per sample
     "Let a judge read samples"
-    by,rewards = {},{}
+    by,rewards,end = {},{},chat_format(tokenizer).end
     for i,row in enumerate(rows): by.setdefault(row['prompt_id'], []).append(i)
     device,sizes = next(judge.model.parameters()).device,{}
     for name,places in by.items(): sizes.setdefault(len(places), []).append(name)
@@ -181,7 +181,7 @@ def gold_rewards(
         ids = [encode_prompt(tokenizer, prompt_messages(prompts[n]), max_prompt_tokens) for n in part]
         def tokens(row):
             found = encode_completion(tokenizer, row['completion'], max_new_tokens)
-            return found if row.get('ended', True) or len(found)==1 or found[-1]!=tokenizer.eos_token_id else found[:-1]
+            return found if row.get('ended', True) or len(found)==1 or found[-1]!=end else found[:-1]
         packed = pack_groups(ids, [[tokens(rows[i]) for i in by[n]] for n in part]).to(device)
         found = score_groups(judge, packed, batch, dtype)
         for g,n in enumerate(part): rewards.update({i:found[g,s].item() for s,i in enumerate(by[n])})

@@ -21,12 +21,13 @@ from .files import atomic
 from .heads import aspects_of, head_names, head_seed, head_weights, own_rewards, prepare_model
 from .judging import judge_facts, judge_line, judge_table
 from .logps import compute_context, completion_rewards, pack_groups, rewards_of
-from .models import load_reward_model, load_tokenizer, model_input, model_name, save_model, separate_padding, start_path
+from .models import load_reward_model, model_input, model_name, save_model, start_path
 from .objectives import preference_loss
 from .pairs import encode_pairs, kept_states, length_parts, pair_lengths, pair_states, pass_tokens
 from .run_folders import open_run
 from .sampler import epoch_batches, rank_slice
 from .sft import agreed_dtype, skip_stage
+from .tokens import chat_format, check_prompts, load_tokenizer, separate_padding
 from .trainer import Progress, make_optimizer, memory_help, optimizer_step, resume_training, save_training
 
 # %% ../nbs/02_rm.ipynb #cell-11
@@ -145,13 +146,14 @@ def held_out_rewards(
 def model_card(
     cfg:RmConfig, # Settings
     facts:dict, # From the manifest
+    end:str, # What the token is called that ends a completion
 )->str: # Markdown
     "What a reader of the folder should know"
     loss,heads = facts['log_loss'],', '.join(facts['heads'])
     return '\n'.join(['---', 'library_name: transformers', 'pipeline_tag: text-classification', 'tags: [reward-model]', '---', '', '# Reward model', '',
         f'{facts["model"]} with {len(facts["heads"])} head(s) ({heads}), trained by densirl on {facts["pairs"]} preference pairs of the fold `{cfg.fold}`, from {", ".join(facts["sources"])}.',
         'Opens with `AutoModelForSequenceClassification`; logits are rewards, read at the last token that is not padding. A text to score is the chat template of the prompt with `add_generation_prompt=True`, then the completion,',
-        f'then the end-of-sequence token and nothing more. Learnt from the last {cfg.max_prompt_tokens} tokens of prompts and the first {cfg.max_completion_tokens} of completions.', '', judge_table(facts), '',
+        f'then {end} and nothing more. Learnt from the last {cfg.max_prompt_tokens} tokens of prompts and the first {cfg.max_completion_tokens} of completions.', '', judge_table(facts), '',
         f'Held-out log-loss {loss["mean"]:.3f}, 95 % interval {loss["low"]:.3f} to {loss["high"]:.3f}; knowing nothing has .693. One training seed.', '',
         '```json', json.dumps(science(cfg), indent=1), '```', ''])
 
@@ -201,7 +203,9 @@ def write_rm(
 )->None:
     "Write the model, its tokenizer and its card"
     save_model(model, tokenizer, out, name=facts['model'])
-    with atomic(out/'README.md') as file: file.write(model_card(cfg, facts))
+    last = chat_format(tokenizer).end
+    end = 'the end-of-sequence token' if last==tokenizer.eos_token_id else f'the token `{tokenizer.convert_ids_to_tokens(last)}`'
+    with atomic(out/'README.md') as file: file.write(model_card(cfg, facts, end))
 
 # %% ../nbs/02_rm.ipynb #cell-23
 def proxy_and_held_out(
@@ -220,11 +224,13 @@ def train_rm(
     "Train a reward model on one fold and judge it on pairs of the `eval` fold"
     ranks,out,start = join_ranks(),cfg.path(cfg.outputs()[0]),start_path(cfg.sft_ckpt_path, cfg.path(cfg.sft_ckpt_path), 'sft')
     if skip_stage(cfg, ranks): return out
+    (pairs,held_out),tokenizer = proxy_and_held_out(cfg),load_tokenizer(start)
+    adapted = check_prompts(tokenizer, [*pairs, *held_out], cfg.max_prompt_tokens, cfg.sft_ckpt_path, ranks.main)
     with open_run(cfg, ranks.main) as run, memory_help(SMALLER):
-        pairs,held_out = proxy_and_held_out(cfg)
-        tokenizer,names = load_tokenizer(start),rm_heads(cfg, pairs)
-        model,finish = prepare_model(load_reward_model(start, device=ranks.device, seed=head_seed(cfg.seed, cfg.fold), heads=tuple(names)), cfg.train, cfg.lora_rank)
+        names = rm_heads(cfg, pairs)
+        model = load_reward_model(start, device=ranks.device, seed=head_seed(cfg.seed, cfg.fold), heads=tuple(names))
         separate_padding(model, tokenizer)
+        model,finish = prepare_model(model, cfg.train, cfg.lora_rank)
         optimizer = make_optimizer(model, cfg.learning_rate)
         done,kept = resume_training(run, model, optimizer, ranks)
         dtype = getattr(torch, kept['dtype']) if done else agreed_dtype(ranks, cfg.path('.cache'))
@@ -242,7 +248,7 @@ def train_rm(
         progress.close()
         if ranks.main:
             for pair,two in zip(held_out, own.tolist()): run.log('margins', id=pair['id'], margin=two[0]-two[1], rewards=two)
-            run.facts.update(facts, model=model_name(start), dtype=str(dtype), pairs=len(pairs), heads=names, sources=sorted({p.get('src', '') for p in pairs}))
+            run.facts.update(facts, model=model_name(start), dtype=str(dtype), pairs=len(pairs), heads=names, sources=sorted({p.get('src', '') for p in pairs}), **(dict(adapted_prompts=adapted) if adapted else {}))
             write_rm(cfg, run.folder, finish(), tokenizer, run.facts)
             print(judge_line(facts), flush=True)
     return out

@@ -38,13 +38,13 @@ class Writing:
     "Completions that are being written"
     def __init__(self,
         uniforms:np.ndarray, # (prompts, samples, tokens), from `completion_uniforms`
-        eos:int, # End-of-sequence token
+        eos, # End token, or several
         device:torch.device, # Where the model is
     ):
         groups,samples,tokens = uniforms.shape
-        self.eos,self.shape = eos,(groups,samples)
+        self.ends,self.shape = [eos] if isinstance(eos, int) else sorted(eos),(groups,samples)
         self.chance = torch.as_tensor(uniforms.reshape(-1, tokens), device=device)
-        self.text = torch.full((groups*samples, tokens), eos, device=device)
+        self.text = torch.full((groups*samples, tokens), self.ends[0], device=device)
         self.alive = torch.ones(groups, samples, dtype=torch.bool, device=device)
         self.rows = torch.arange(groups*samples, device=device).view(groups, samples)
 
@@ -56,8 +56,8 @@ class Writing:
         "Draw a token for each row"
         rows = self.rows.flatten()
         new = pick_tokens(logits, self.chance[rows,t], temperature)
-        self.text[rows,t] = torch.where(self.alive.flatten(), new, self.eos)
-        self.alive &= (new!=self.eos).view_as(self.alive)
+        self.text[rows,t] = torch.where(self.alive.flatten(), new, self.ends[0])
+        for end in self.ends: self.alive &= (new!=end).view_as(self.alive)
         return new
 
     def fewer(self)->tuple|None: # Prompts that go on, and (prompts, samples) rows that go on; None while nearly all are alive
@@ -71,7 +71,7 @@ class Writing:
 
     def completions(self)->list: # Per prompt, a list of `samples` lists of token ids
         "What was written, each text up to its end"
-        def until_end(row): return row[:row.index(self.eos)+1] if self.eos in row else row
+        def until_end(row): return row[:min((row.index(end)+1 for end in self.ends if end in row), default=len(row))]
         return [[until_end(row) for row in group] for group in self.text.unflatten(0, self.shape).tolist()]
 
 # %% ../nbs/core/30_rollout.ipynb #cell-13
@@ -82,16 +82,16 @@ def generate(
     model, # A causal language model
     prompts:list, # One list of token ids per prompt
     uniforms:np.ndarray, # (prompts, samples, tokens), from `completion_uniforms`
-    eos:int, # End-of-sequence token
+    eos, # End token, or several, as in `chat_format`
     temperature:float=1., # 0 is greedy
 )->list: # Per prompt, a list of `samples` lists of token ids, each of at least one token
-    "Sample completions of each prompt"
-    samples,tokens = uniforms.shape[1:]
+    "Sample completions of each prompt, of the model's `known_tokens` where its head has more rows"
+    samples,tokens,known = *uniforms.shape[1:],getattr(model, 'known_tokens', None)
     writing,reader = Writing(uniforms, eos, model.device),make_reader(model, prompts, samples, tokens)
     logits = reader.begin()
     with laying_out(model) as lay_out:
         for t in range(tokens):
-            new = writing.write(t, logits, temperature)
+            new = writing.write(t, logits[:,:known], temperature)
             if t==tokens-1 or not writing.alive.any(): break
             if kept := writing.fewer():
                 reader.keep(*kept)
@@ -100,7 +100,7 @@ def generate(
             logits = reader.read(new)
     return writing.completions()
 
-# %% ../nbs/core/30_rollout.ipynb #cell-17
+# %% ../nbs/core/30_rollout.ipynb #cell-19
 def sampling_copy(
     model, # The policy, in fp32
     dtype:torch.dtype, # Precision to sample in

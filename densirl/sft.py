@@ -15,10 +15,10 @@ from .data import read_folds, read_pairs, select_pairs
 from .dist import Ranks, gather, join_ranks, mean_of
 from .files import read_json, repo_root, write_json
 from .logps import compute_context, pack_groups, token_facts
-from .models import (BUILT_IN, compute_dtype, encode_completion, encode_prompt, load_policy, load_tokenizer,
-    model_folder, model_input, model_name, prompt_messages, save_model, start_path)
+from .models import BUILT_IN, compute_dtype, load_policy, model_folder, model_input, model_name, save_model, start_path
 from .run_folders import is_made, open_run
 from .sampler import epoch_batches, rank_slice
+from .tokens import check_prompts, encode_completion, encode_prompt, load_tokenizer, match_vocabulary, prompt_messages
 from .trainer import Progress, make_optimizer, optimizer_step
 
 # %% ../nbs/core/45_sft.ipynb #cell-5
@@ -93,10 +93,13 @@ def train_sft(
     "Fine-tune on the chosen completions of the `policy` fold"
     ranks,out = join_ranks(),cfg.path(cfg.out_path)
     if skip_stage(cfg, ranks): return out
+    pairs = select_pairs(read_pairs(cfg.path(cfg.pairs_path)), read_folds(cfg.path(cfg.prompts_path)), 'policy', 'sft')
+    folder = start_folder(cfg, pairs, ranks)
+    tokenizer = load_tokenizer(folder)
+    adapted = check_prompts(tokenizer, pairs, cfg.max_prompt_tokens, cfg.model, ranks.main)
     with open_run(cfg, ranks.main) as run:
-        pairs = select_pairs(read_pairs(cfg.path(cfg.pairs_path)), read_folds(cfg.path(cfg.prompts_path)), 'policy', 'sft')
-        folder = start_folder(cfg, pairs, ranks)
-        tokenizer,model,dtype = load_tokenizer(folder),load_policy(folder, device=ranks.device),agreed_dtype(ranks, cfg.path('.cache'))
+        model,dtype = load_policy(folder, device=ranks.device),agreed_dtype(ranks, cfg.path('.cache'))
+        match_vocabulary(model, tokenizer)
         prompts = [encode_prompt(tokenizer, prompt_messages(p), cfg.max_prompt_tokens) for p in pairs]
         completions = [encode_completion(tokenizer, p['chosen'], cfg.max_completion_tokens) for p in pairs]
         optimizer,progress = make_optimizer(model, cfg.learning_rate),Progress(run, cfg.max_steps, 'sft')
@@ -113,5 +116,5 @@ def train_sft(
         progress.close()
         if ranks.main:
             save_model(model, tokenizer, run.folder, name=model_name(folder))
-            run.facts.update(model=model_name(folder), pairs=len(pairs), dtype=str(dtype), loss=loss)
+            run.facts.update(model=model_name(folder), pairs=len(pairs), dtype=str(dtype), loss=loss, **(dict(adapted_prompts=adapted) if adapted else {}))
     return out

@@ -17,10 +17,10 @@ from .dist import Ranks, mean_of
 from .draws import DrawConfig
 from .habits import HABITS, habit_rate
 from .logps import Packed, TokenFacts, compute_context, pack_groups, token_facts
-from .models import encode_prompt, prompt_messages
 from .objectives import Variant, group_advantages, kl_estimate, policy_ratio, token_losses, token_shares
 from .rewards import Rewards, all_rewards
 from .rollout import generate, refresh_
+from .tokens import chat_format, decode_completion, prompt_messages, prompt_tokens
 from .trainer import optimizer_step
 
 # %% ../nbs/core/52_updates.ipynb #cell-6
@@ -64,7 +64,7 @@ class Models:
 class Rollout:
     "Completions of a few prompts and what was thought of them"
     ids:list # One list of token ids per prompt
-    cut:list # Per prompt, whether it was too long and lost its beginning
+    cut:list # Per prompt, whether it was too long and lost its oldest part
     groups:list # Per prompt, G lists of token ids
     packed:Packed # Tokens, one group a row
     texts:list # Per prompt, the completions as text
@@ -83,13 +83,13 @@ def roll_out(
     ask_ref:bool=True, # Whether the reference reads them; where its exact divergence is taken it will anyway
 )->Rollout: # On this rank's device
     "Sample completions and let rewards and reference read them"
-    eos,ids = models.tokenizer.eos_token_id,[encode_prompt(models.tokenizer, prompt_messages(p), max_tokens+1) for p in prompts]
-    cut,ids = [len(row)>max_tokens for row in ids],[row[-max_tokens:] for row in ids]
-    groups = [g for i in range(0, len(ids), models.rows) for g in generate(models.sampler, ids[i:i+models.rows], uniforms[i:i+models.rows], eos)]
+    ends,found = chat_format(models.tokenizer).ends,[prompt_tokens(models.tokenizer, prompt_messages(p), max_tokens) for p in prompts]
+    ids,cut = ([row[i] for row in found] for i in (0, 1))
+    groups = [g for i in range(0, len(ids), models.rows) for g in generate(models.sampler, ids[i:i+models.rows], uniforms[i:i+models.rows], ends)]
     packed = pack_groups(ids, groups).to(models.device)
-    texts = [[models.tokenizer.decode(row, skip_special_tokens=True) for row in group] for group in groups]
+    texts = [[decode_completion(models.tokenizer, row) for row in group] for group in groups]
     with compute_context(models.dtype, models.device): ref_logps = torch.cat([token_facts(models.ref, part).logps for part in packed.parts(models.rows)]) if ask_ref else None
-    ended = torch.tensor([[float(row[-1]==eos) for row in group] for group in groups], device=models.device)
+    ended = torch.tensor([[float(row[-1] in ends) for row in group] for group in groups], device=models.device)
     rewards = all_rewards(models.rewards, packed, [p['prompt'] for p in prompts], texts, models.rows, models.dtype)
     return Rollout(ids, cut, groups, packed, texts, rewards, ref_logps, ended)
 

@@ -20,6 +20,7 @@ class Head:
     "A vocabulary head: logits are `states @ weight.T + bias`"
     weight:Tensor # (vocabulary, width)
     bias:Tensor|None = None # (vocabulary,)
+    known:int|None = None # Rows that are tokens; the others have no probability. None takes all
 
 def vocabulary_head(
     model, # A causal language model of the transformers library
@@ -29,7 +30,7 @@ def vocabulary_head(
     bent = [n for n in ('final_logit_softcapping','logit_scale','logits_scaling') if getattr(config, n, None) not in (None,1)]
     if bent: raise NotImplementedError(f'{type(model).__name__} bends its logits ({bent[0]} {getattr(config, bent[0])}), which is not provided for; choose another model.')
     if type(head) is not torch.nn.Linear: raise NotImplementedError(f'The head of {type(model).__name__} is {type(head).__name__} and not a linear layer; merge its adapter, or choose another model.')
-    return Head(head.weight, head.bias)
+    return Head(head.weight, head.bias, getattr(model, 'known_tokens', None))
 
 def product_dtype(
     states:Tensor, # What enters a product
@@ -61,8 +62,8 @@ def check_head(
 class HeadFacts(torch.autograd.Function):
     "The numbers of `head_facts`, with gradients for states, weight and bias"
     @staticmethod
-    def forward(ctx, states, weight, bias, tokens, theirs, ref, entropy, learnt, chunk, dtype):
-        ours,other = ([None if x is None else x.to(dtype) for x in (h.weight, h.bias)] if h else () for h in (Head(weight, bias), ref))
+    def forward(ctx, states, weight, bias, tokens, theirs, ref, entropy, learnt, chunk, dtype, known):
+        ours,other = ([None if x is None else x[:h.known].to(dtype) for x in (h.weight, h.bias)] if h else () for h in (Head(weight, bias, known), ref))
         logps,spread,kl,ref_logps = (torch.zeros(len(states), device=states.device) for _ in range(4))
         tables = 1+bool(ref)+(entropy=='gradient')
         kept,room = [],learnt and len(states)*len(weight)*tables<=KEPT
@@ -78,7 +79,7 @@ class HeadFacts(torch.autograd.Function):
                 kl[rows] = torch.linalg.vecdot(probs, torch.sub(logs, away, out=away))
             if room: kept.append((probs, logs if entropy=='gradient' else None, away))
         ctx.save_for_backward(states, weight, bias, tokens, theirs, spread, kl)
-        ctx.kept,ctx.ours,ctx.other,ctx.entropy,ctx.chunk,ctx.dtype = kept,ours,other,entropy,chunk,dtype
+        ctx.kept,ctx.ours,ctx.other,ctx.entropy,ctx.chunk,ctx.dtype,ctx.known = kept,ours,other,entropy,chunk,dtype,known
         ctx.mark_non_differentiable(ref_logps, *(() if entropy=='gradient' else (spread,)), *(() if ref else (kl,)))
         return logps,spread,kl,ref_logps
 
@@ -100,10 +101,10 @@ class HeadFacts(torch.autograd.Function):
             grad[torch.arange(len(grad)),tokens[rows]] += of_logps[rows]
             low = grad.to(ctx.dtype)
             into_states[rows] = torch.mm(low, ctx.ours[0]).to(states.dtype)
-            if ctx.dtype==weight.dtype: into_weight.addmm_(low.T, states[rows].to(ctx.dtype))
-            else: into_weight += torch.mm(low.T, states[rows].to(ctx.dtype))
-            if bias is not None: into_bias += grad.sum(0)
-        return into_states,into_weight,into_bias,*[None]*7
+            if ctx.dtype==weight.dtype: into_weight[:ctx.known].addmm_(low.T, states[rows].to(ctx.dtype))
+            else: into_weight[:ctx.known] += torch.mm(low.T, states[rows].to(ctx.dtype))
+            if bias is not None: into_bias[:ctx.known] += grad.sum(0)
+        return into_states,into_weight,into_bias,*[None]*8
 
 def head_facts(
     head:Head, # From `vocabulary_head`
@@ -115,4 +116,4 @@ def head_facts(
     chunk:int=256, # Rows that go through the head at once
 )->tuple: # Log-probabilities, entropies, divergences and the reference's log-probabilities, (rows,) in fp32, nats; 0 where not asked for
     "What heads say of tokens"
-    return HeadFacts.apply(states, head.weight, head.bias, tokens, theirs, ref, entropy, torch.is_grad_enabled(), chunk, product_dtype(states))
+    return HeadFacts.apply(states, head.weight, head.bias, tokens, theirs, ref, entropy, torch.is_grad_enabled(), chunk, product_dtype(states), head.known)
