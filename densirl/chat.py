@@ -16,6 +16,7 @@ from .files import need, read_jsonl, write_jsonl
 from .models import encode_prompt, load_policy, load_tokenizer, model_name, prompt_messages, start_path
 from .rollout import completion_uniforms, generate
 from .runs import read_manifest
+from .selfcheck import check_model
 
 # %% ../nbs/core/85_chat.ipynb #cell-5
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def run_chat(
     folder = start_path(cfg.ckpt_path, cfg.path(cfg.ckpt_path), 'grpo')
     if read_manifest(folder).get('status', 'complete')!='complete': raise RuntimeError(f'The run at {folder} is not finished; give the command that began it again, or another --ckpt_path.')
     policy,tokenizer,messages = load_policy(folder, device=join_ranks().device),load_tokenizer(folder),[]
+    check_model(policy, cfg.path('.cache'), model_name(folder))
     if rows is not None:
         write_jsonl(cfg.path(cfg.answers_path), answered(policy, tokenizer, rows, cfg))
         return cfg.path(cfg.answers_path)

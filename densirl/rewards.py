@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from .heads import combine_heads
 from .logps import Packed, completion_rewards, compute_context
-from .models import load_reward_model, load_tokenizer
+from .models import architecture, load_reward_model, load_tokenizer
 from .objectives import group_advantages
 
 # %% ../nbs/core/50_rewards.ipynb #cell-5
@@ -35,8 +35,7 @@ def load_judge(
     **combination, # As in `combine_heads`: how, penalty, weights
 )->Judge: # To be asked by `score_groups`
     "Load a reward model that reads the policy's tokens"
-    from transformers import AutoConfig
-    made = (AutoConfig.from_pretrained(folder).architectures or ['nothing'])[0]
+    made = architecture(folder) or 'nothing'
     if not made.endswith('ForSequenceClassification'):
         raise ValueError(f'The model at {folder} is a {made} and has no reward head; train one with `densirl rm`.')
     theirs = load_tokenizer(folder).get_vocab()

@@ -26,6 +26,7 @@ from .objectives import preference_loss
 from .pairs import encode_pairs, kept_states, length_parts, pair_lengths, pair_states, pass_tokens
 from .runs import open_run
 from .sampler import epoch_batches, rank_slice
+from .selfcheck import check_model
 from .sft import agreed_dtype, skip_stage
 from .trainer import Progress, make_optimizer, memory_help, optimizer_step, resume_training, save_training
 
@@ -60,7 +61,7 @@ class RmConfig(ArmConfig):
     pairs_path:str = where('.cache/data/pairs_all.jsonl') # Pairs to read
     out_path:str = where('') # Run folder, a Hugging Face folder; empty is outs/rm, or outs/rm_gold for the gold fold
 
-    def inputs(self): return dict(pairs=self.pairs_path, **self.arm_inputs(), **model_input(self.sft_ckpt_path, 'sft'))
+    def inputs(self): return dict(pairs=self.pairs_path, **self.arm_inputs(), **model_input(self.sft_ckpt_path, 'sft', self.path(self.sft_ckpt_path)))
     def outputs(self): return [self.out_path or ('outs/rm' if self.fold=='proxy' else 'outs/rm_gold')]
 
 # %% ../nbs/02_rm.ipynb #cell-14
@@ -220,10 +221,14 @@ def train_rm(
     "Train a reward model on one fold and judge it on pairs of the `eval` fold"
     ranks,out,start = join_ranks(),cfg.path(cfg.outputs()[0]),start_path(cfg.sft_ckpt_path, cfg.path(cfg.sft_ckpt_path), 'sft')
     if skip_stage(cfg, ranks): return out
-    with open_run(cfg, ranks.main) as run, memory_help(SMALLER):
+    with memory_help(SMALLER):
         pairs,held_out = proxy_and_held_out(cfg)
         tokenizer,names = load_tokenizer(start),rm_heads(cfg, pairs)
-        model,finish = prepare_model(load_reward_model(start, device=ranks.device, seed=cfg.seed, heads=tuple(names)), cfg.train, cfg.lora_rank)
+        plain = load_reward_model(start, device=ranks.device, seed=cfg.seed, heads=tuple(names))
+        check = check_model(plain, cfg.path('.cache'), model_name(start) if ranks.main else '')
+    with open_run(cfg, ranks.main) as run, memory_help(SMALLER):
+        run.facts['self_check'] = check
+        model,finish = prepare_model(plain, cfg.train, cfg.lora_rank)
         separate_padding(model, tokenizer)
         optimizer = make_optimizer(model, cfg.learning_rate)
         done,kept = resume_training(run, model, optimizer, ranks)

@@ -19,6 +19,7 @@ from .models import (BUILT_IN, compute_dtype, encode_completion, encode_prompt, 
     model_folder, model_input, model_name, prompt_messages, save_model, start_path)
 from .runs import open_run, up_to_date
 from .sampler import epoch_batches, rank_slice
+from .selfcheck import check_model
 from .trainer import Progress, make_optimizer, optimizer_step
 
 # %% ../nbs/core/45_sft.ipynb #cell-5
@@ -41,7 +42,7 @@ class SftConfig(StageConfig):
     prompts_path:str = where('.cache/data/prompts_all.jsonl') # Prompts of the pairs, which know their folds
     out_path:str = where('outs/sft') # Run folder, a Hugging Face folder
 
-    def inputs(self): return dict(pairs=self.pairs_path, prompts=self.prompts_path, **model_input(self.model, 'source'))
+    def inputs(self): return dict(pairs=self.pairs_path, prompts=self.prompts_path, **model_input(self.model, 'source', self.path(self.model)))
     def outputs(self): return [self.out_path]
 
 # %% ../nbs/core/45_sft.ipynb #cell-7
@@ -93,10 +94,12 @@ def train_sft(
     "Fine-tune on the chosen completions of the `policy` fold"
     ranks,out = join_ranks(),cfg.path(cfg.out_path)
     if skip_stage(cfg, ranks): return out
+    pairs = select_pairs(read_jsonl(cfg.path(cfg.pairs_path)), read_folds(cfg.path(cfg.prompts_path)), 'policy', 'sft')
+    folder = start_folder(cfg, pairs, ranks)
+    tokenizer,model,dtype = load_tokenizer(folder),load_policy(folder, device=ranks.device),agreed_dtype(ranks, cfg.path('.cache'))
+    check = check_model(model, cfg.path('.cache'), model_name(folder) if ranks.main else '')
     with open_run(cfg, ranks.main) as run:
-        pairs = select_pairs(read_jsonl(cfg.path(cfg.pairs_path)), read_folds(cfg.path(cfg.prompts_path)), 'policy', 'sft')
-        folder = start_folder(cfg, pairs, ranks)
-        tokenizer,model,dtype = load_tokenizer(folder),load_policy(folder, device=ranks.device),agreed_dtype(ranks, cfg.path('.cache'))
+        run.facts['self_check'] = check
         prompts = [encode_prompt(tokenizer, prompt_messages(p), cfg.max_prompt_tokens) for p in pairs]
         completions = [encode_completion(tokenizer, p['chosen'], cfg.max_completion_tokens) for p in pairs]
         optimizer,progress = make_optimizer(model, cfg.learning_rate),Progress(run, cfg.max_steps, 'sft')
