@@ -21,7 +21,7 @@ from .folders import ADAPTER, adapter_base, check_folder, check_tensors, is_adap
 # %% ../nbs/core/24_models.ipynb #cell-5
 def quiet_transformers()->None:
     "Keep transformers from printing bars and reports while it loads what we asked for"
-    warnings.filterwarnings('ignore', message='IProgress not found')
+    for said in ('IProgress not found','`is_gradient_checkpointing` is deprecated'): warnings.filterwarnings('ignore', message=said)
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
