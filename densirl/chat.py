@@ -18,6 +18,7 @@ from .prompt_sets import read_prompts
 from .rollout import completion_uniforms, generate
 from .run_folders import open_run
 from .runs import read_manifest
+from .selfcheck import check_model
 from .tokens import chat_format, check_prompts, decode_completion, encode_prompt, load_tokenizer, match_vocabulary, prompt_messages
 
 # %% ../nbs/core/85_chat.ipynb #cell-5
@@ -36,7 +37,7 @@ class ChatConfig(StageConfig):
     temperature:float = within('[0, inf)', 1.) # 0 takes the likeliest token each time
     batch_size:int = 16 # Prompts of a file that are answered together; sums in another order round differently, so it is part of the science
 
-    def inputs(self): return dict(model_input(self.ckpt_path, 'grpo'), source=self.prompts_file) if self.prompts_file else {}
+    def inputs(self): return dict(model_input(self.ckpt_path, 'grpo', self.path(self.ckpt_path)), source=self.prompts_file) if self.prompts_file else {}
     def outputs(self): return [self.answers_path] if self.prompts_file else []
 
 # %% ../nbs/core/85_chat.ipynb #cell-7
@@ -80,6 +81,7 @@ def run_chat(
     tokenizer,messages = load_tokenizer(folder),[]
     check_prompts(tokenizer, rows or [], cfg.max_prompt_tokens, folder)
     policy = load_policy(folder, device=join_ranks().device)
+    check_model(policy, cfg.path('.cache'), model_name(folder))
     match_vocabulary(policy, tokenizer)
     if rows is not None:
         with open_run(cfg) as run: write_jsonl(run.outputs[0], answered(policy, tokenizer, rows, cfg))

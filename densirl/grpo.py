@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 import numpy as np
 import torch
-from .attention import why_not_seen
 from .config import command_line, where, within
 from .data import read_folds, read_pairs, read_prompt_records, select_pairs
 from .dist import Ranks, gather, join_ranks, mean_of
@@ -27,12 +26,12 @@ from .rewards import check_judge, load_judge, load_rewards, source_files, source
 from .rollout import completion_uniforms, sampling_copy
 from .run_folders import Run, open_run
 from .sampler import rank_slice
+from .selfcheck import check_model
 from .sft import agreed_dtype, skip_stage
 from .tokens import check_prompts, load_tokenizer, match_vocabulary
 from .trainer import Progress, make_optimizer, memory_help, resume_training, save_training, soft_stop
 from .updates import Models, flat_groups, merge_rollouts, roll_out, rollout_metrics, update_policy
 from .verdict import read_plan
-from .vocab import check_head
 
 # %% ../nbs/03_grpo.ipynb #cell-13
 @dataclass(frozen=True)
@@ -60,9 +59,9 @@ class GrpoConfig(LookConfig):
     out_dir:str = where('') # Run folder; empty is outs/grpo, outs/grpo_baseline when density_aware is False, or either with the name of another arm behind it
 
     def inputs(self):
-        judge = model_input(self.rm_ckpt_path, 'rm') if 'rm' in source_weights(self.rewards) else {}
+        judge = model_input(self.rm_ckpt_path, 'rm', self.path(self.rm_ckpt_path)) if 'rm' in source_weights(self.rewards) else {}
         pairs = dict(pairs=self.pairs_path) if self.objective=='pairwise' else {}
-        return dict(model_input(self.sft_ckpt_path, 'sft'), **judge, **pairs, **self.arm_inputs(), **{f'source_{n}':f for n,f in source_files(self.rewards).items()})
+        return dict(model_input(self.sft_ckpt_path, 'sft', self.path(self.sft_ckpt_path)), **judge, **pairs, **self.arm_inputs(), **{f'source_{n}':f for n,f in source_files(self.rewards).items()})
 
     def check(self)->None:
         super().check()
@@ -88,6 +87,7 @@ def check_settings(
         (groups and cfg.group_size<2, f'group_size is {cfg.group_size}, and a completion is judged beside the others of its group; give at least 2'),
         (cfg.kl_target and not (groups and cfg.beta>0), f'kl_target is {cfg.kl_target:g} and there is nothing to steer; give --objective groups and a --beta above 0'),
         (cfg.kl_ratio and (cfg.kl_in=='reward' or cfg.kl=='exact'), f'kl_ratio corrects an estimate in the loss, and kl is {cfg.kl} in the {cfg.kl_in}; leave it out'),
+        (cfg.kl_ratio and cfg.kl=='k2', 'kl_ratio is True and kl is k2, whose gradient is the right one as it is and wrong when multiplied by the ratio; leave kl_ratio out'),
         (cfg.resample and not cfg.replacement, f'resample is {cfg.resample}, which may draw a prompt again, and replacement is False; leave one of them out'),
         (not groups and list(source_weights(cfg.rewards))!=['rm'], f'rewards is {cfg.rewards}, and the pairwise objective reads the head of a reward model alone; give --rewards rm=1'),
         (not groups and idle, f'{idle} belong to groups and say nothing to the pairwise objective; leave them out')) if bad]
@@ -98,10 +98,11 @@ def first_policy(
     cfg:GrpoConfig, # Settings
     device:str, # Where to compute
 )->tuple: # Where it came from; the policy as it starts, fp32
-    "Load the policy, if it can read what it will be given"
+    "Load the policy, if it can read what it will be given and we can read it; refuse a folder of a reward model that is none"
     folder = start_path(cfg.sft_ckpt_path, cfg.path(cfg.sft_ckpt_path), 'sft')
+    if 'rm' in source_weights(cfg.rewards): start_path(cfg.rm_ckpt_path, cfg.path(cfg.rm_ckpt_path), 'rm')
     policy = load_policy(folder, device=device)
-    check_head(policy)
+    check_model(policy, cfg.path('.cache'))
     room,wanted = getattr(policy.config, 'max_position_embeddings', float('inf')),cfg.max_prompt_tokens+cfg.max_new_tokens
     if wanted>room: raise ValueError(f'max_prompt_tokens {cfg.max_prompt_tokens} and max_new_tokens {cfg.max_new_tokens} make {wanted}, and the model at {folder} reads {room} tokens; lower one of them.')
     return folder,policy
@@ -117,9 +118,10 @@ def load_models(
     tokenizer = load_tokenizer(folder)
     def judge():
         return load_judge(start_path(cfg.rm_ckpt_path, cfg.path(cfg.rm_ckpt_path), 'rm'), tokenizer, dtype, device, how=cfg.reward_members, penalty=cfg.reward_penalty, weights=cfg.reward_weights)
-    ref = load_policy(folder, device=device).requires_grad_(False)
+    ref,rewards = load_policy(folder, device=device).requires_grad_(False),load_rewards(cfg.rewards, judge, cfg.reward_scale)
+    for model in (ref, *([rewards.judge.model] if rewards.judge else [])): check_model(model, cfg.path('.cache'))
     for model in (policy, ref): match_vocabulary(model, tokenizer)
-    return Models(policy, sampling_copy(policy, dtype), ref, load_rewards(cfg.rewards, judge, cfg.reward_scale), tokenizer, folder, dtype, device, max(1, cfg.device_batch_size//cfg.group_size))
+    return Models(policy, sampling_copy(policy, dtype), ref, rewards, tokenizer, folder, dtype, device, max(1, cfg.device_batch_size//cfg.group_size))
 
 # %% ../nbs/03_grpo.ipynb #cell-20
 def sample_groups(
@@ -211,14 +213,16 @@ def begin(
     mine:list, # Prompts to draw from, records of `prompts_all.jsonl`
     run:Run, # The open run
     ranks:Ranks, # Who we are
+    folder:str, # Where the policy comes from
+    policy:torch.nn.Module, # From `first_policy`
 )->tuple: # Models, draws, optimiser, steps done, weight of the distance
     "Everything as it was at the last checkpoint, or as it starts"
-    folder,policy = first_policy(cfg, ranks.device)
     optimizer = make_optimizer(policy, cfg.learning_rate)
     done,kept = resume_training(run, policy, optimizer, ranks)
     dtype = kept.get('dtype', cfg.dtype)
-    if (reason := why_not_seen(policy)) and ranks.main: print(f'{model_name(folder)} keeps the attention and the memory of transformers, which are slower: {reason}', flush=True)
     models = load_models(cfg, folder, policy, agreed_dtype(ranks, cfg.path('.cache')) if dtype=='auto' else getattr(torch, dtype), ranks.device)
+    read = dict(policy=(policy, folder), **(dict(reward=(models.rewards.judge.model, str(cfg.path(cfg.rm_ckpt_path)))) if models.rewards.judge else {}))
+    run.facts['self_check'] = {kind:check_model(model, cfg.path('.cache'), model_name(path) if ranks.main else '') for kind,(model,path) in read.items()}
     return models,Draws(cfg, mine, kept['logs'].numpy() if done else stored_densities(cfg, mine)),optimizer,done,kept.get('beta', cfg.beta)
 
 def check_readers(
@@ -254,8 +258,9 @@ def train_grpo(
     held_out,looks,known = held_out_prompts(prompts, cfg.eval_prompts),eval_steps(cfg),drawn_pairs(cfg)
     mine = [p for p in prompts if p['fold']=='policy' and (cfg.objective=='groups' or p['id'] in known)]
     adapted = check_readers(cfg, mine+held_out, ranks.main)
+    with memory_help(SMALLER): start = first_policy(cfg, ranks.device)
     with open_run(cfg, ranks.main) as run, memory_help(SMALLER), soft_stop(run) as stopper:
-        models,draws,optimizer,done,beta = begin(cfg, mine, run, ranks)
+        models,draws,optimizer,done,beta = begin(cfg, mine, run, ranks, *start)
         if not done: look(cfg, models, held_out, run, ranks, 0)
         progress = Progress(run, cfg.max_steps, out.name, done)
         for step,metrics,drawn,beta in grpo_steps(cfg, models, draws, optimizer, ranks, done, beta, known):

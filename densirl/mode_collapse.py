@@ -26,12 +26,14 @@ from .dist import join_ranks
 from .embed import embed_cached, load_embedder
 from .files import atomic, need, read_jsonl, read_or_make, text_hash, write_json, write_jsonl
 from .measures import measure_piles, measure_prompts, reference_samples, show_means
+from .folders import adapter_base, is_adapter
 from .models import load_policy, start_path
 from .policies import Policy, about_policy, find_runs, from_run, gold_rewards, read_completions, sample_prompts, shared_prompts, weights_by_step, with_looks
 from .prompt_sets import balanced_prompts, open_prompts, prompt_records, read_prompts
 from .rewards import load_judge
 from .run_folders import is_made, open_run
 from .runs import code_hash, input_hash, read_manifest
+from .selfcheck import check_model
 from .sft import agreed_dtype
 from .tokens import check_prompts, load_tokenizer, match_vocabulary
 
@@ -80,8 +82,10 @@ class EvalConfig(StageConfig):
         judged = dict(gold=self.gold_path) if self.is_judged() else {}
         weights = {} if looked else {f'grpo_{p.name}_{step}':f for p in found for step,f in weights_by_step(p).items()}
         ref = dict(sft=self.ref_path) if (runs and not looked) or (models and self.path(self.ref_path).exists()) else {}
+        adapters = [f for f in map(self.path, (*self.ckpt_paths, *judged.values(), *ref.values())) if is_adapter(f)]
+        bases = {f'{"grpo" if Path(adapter_base(f)).exists() else "hub"}_base_{f.name}':adapter_base(f) for f in adapters}
         people = dict(pairs=self.pairs_path) if self.suite=='artefacts' and self.path(self.pairs_path).exists() else {}
-        return runs|weights|models|files|ours|judged|ref|people
+        return runs|weights|models|bases|files|ours|judged|ref|people
 
     def outputs(self): return [self.out_path if self.suite=='diversity' else f'{self.out_path}_artefacts']
 
@@ -172,17 +176,20 @@ def ask(
     tokens:int, # Tokens of a completion
     device:str, # Where to compute
     dtype:torch.dtype, # Precision of the products
+    checks:dict, # Name of a policy → what its self-check found; filled where something is sampled
 )->list: # Samples
     "Let one checkpoint complete the prompts, unless it has done so before"
     sizes = dict(max_prompt_tokens=cfg.max_prompt_tokens, max_new_tokens=tokens, temperature=cfg.temperature, seed=cfg.seed, run=policy.seed, with_facts=cfg.suite=='diversity')
-    hashed,parts = [input_hash(Path(f), 'grpo') if Path(f).exists() else f for f in (folder, ref) if f],defaultdict(list)
+    whole = [part for f in (folder, ref) if f for part in ((f, adapter_base(f)) if is_adapter(f) else (f,))]
+    hashed,parts = [input_hash(Path(f), 'grpo') if Path(f).exists() else f for f in whole],defaultdict(list)
     for p in prompts: parts[min(p.get('samples', cfg.n_samples), cfg.n_samples)].append(p)
     def sample():
         print(f'{policy.name}: {", ".join(f"{len(part)} prompts × {n} completions" for n,part in parts.items())}', flush=True)
         model,tokenizer = load_policy(folder, device=device),load_tokenizer(folder)
-        match_vocabulary(model, tokenizer)
         reference = load_policy(ref, device=device) if ref and load_tokenizer(ref).get_vocab()==tokenizer.get_vocab() else None
-        if reference: match_vocabulary(reference, tokenizer)
+        checks[policy.name] = check_model(model, cfg.path('.cache'), policy.name)
+        if reference is not None: check_model(reference, cfg.path('.cache'))
+        for m in (model, *([reference] if reference is not None else [])): match_vocabulary(m, tokenizer)
         return [row for n,part in parts.items() for row in sample_prompts(model, tokenizer, part, reference, samples=n, batch=cfg.batch_size, dtype=dtype, **sizes)]
     return read_or_make(cfg.path('.cache/samples'), dict(sizes, weights=hashed, prompts=[[n,p['id']] for n,part in parts.items() for p in part], dtype=str(dtype), code=code_hash('policies')), sample)
 
@@ -191,6 +198,7 @@ def gather_samples(
     cfg:EvalConfig, # Settings
     policies:list, # Who is evaluated
     prompts:list, # From `choose_prompts`
+    checks:dict, # As in `ask`
 )->list: # Samples with policy, arm, seed and step
     "What every policy says at every step"
     ranks = join_ranks()
@@ -201,7 +209,7 @@ def gather_samples(
         found = policy.ready or start|weights_by_step(policy)
         if cfg.suite=='artefacts': found = {step:found[step] for step in {min(found), max(found)}}
         if policy.ready: return found
-        return {step:ask(cfg, policy, start_path(folder, Path(folder), 'grpo'), prompts, ref if cfg.suite=='diversity' else '', tokens, ranks.device, dtype) for step,folder in found.items()}
+        return {step:ask(cfg, policy, start_path(folder, Path(folder), 'grpo'), prompts, ref if cfg.suite=='diversity' else '', tokens, ranks.device, dtype, checks) for step,folder in found.items()}
     return [dict(row, policy=p.name, arm=p.arm, seed=p.seed, step=step) for p in policies for step,rows in sorted(steps(p).items()) for row in rows if row['prompt_id'] in wanted]
 
 # %% ../nbs/04_eval_mode_collapse.ipynb #cell-20
@@ -209,6 +217,7 @@ def judge_samples(
     cfg:EvalConfig, # Settings
     samples:list, # From `gather_samples`
     prompts:list, # From `choose_prompts`
+    checks:dict, # As in `ask`
 )->list: # The same samples with `gold`; as they are where there is no gold judge
     "Let a judge that no policy was trained against read everything, unless it has done so before"
     if not cfg.is_judged(): return samples
@@ -216,7 +225,9 @@ def judge_samples(
     @lru_cache
     def judge():
         tokenizer = load_tokenizer(folder)
-        return load_judge(folder, tokenizer, device=join_ranks().device),tokenizer
+        found = load_judge(folder, tokenizer, device=join_ranks().device)
+        checks['gold'] = check_model(found.model, cfg.path('.cache'), 'the gold reward model')
+        return found,tokenizer
     for row in samples: groups[row['policy'],row['step']].append(row)
     found = []
     for (name,step),rows in tqdm(groups.items(), desc='gold reward'):
@@ -280,8 +291,8 @@ def make_eval(
     prompts = choose_prompts(cfg, policies, known, logs)
     check_templates(cfg, policies, prompts)
     with open_run(cfg) as run:
-        out = run.folder
-        samples = judge_samples(cfg, gather_samples(cfg, policies, prompts), prompts)
+        out,checks = run.folder,run.facts.setdefault('self_check', {})
+        samples = judge_samples(cfg, gather_samples(cfg, policies, prompts, checks), prompts, checks)
         print(f'measuring {len(samples):,} completions of {len(prompts)} prompts by {len(policies)} policies', flush=True)
         could = {name:logs[name] for name,p in known.items() if p['fold']=='policy'}
         write_jsonl(out/'samples.jsonl', samples)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUILT_IN', 'convert_smollm2', 'save_model', 'make_tiny', 'is_hub_name', 'model_folder', 'model_name', 'model_input',
-           'start_path', 'load_policy', 'load_reward_model', 'compute_dtype']
+           'start_path', 'architecture', 'score_rows', 'load_whole', 'text_part', 'in_precision', 'add_adapter',
+           'load_policy', 'load_reward_model', 'compute_dtype']
 
 # %% ../nbs/core/24_models.ipynb #cell-3
 import importlib.util, os, time
@@ -12,9 +13,9 @@ from functools import cache
 from pathlib import Path
 import torch
 from .files import half_made, need, read_json, write_json
+from .folders import adapter_base, check_folder, check_tensors, is_adapter, loading, refuse_missing
 from .run_folders import alone
-from .tokens import (TEMPLATE, chat_format, encode_completion, encode_prompt, id_list, load_tokenizer, prompt_messages, quiet_transformers,
-    separate_padding, tiny_tokenizer)
+from .tokens import TEMPLATE, chat_format, id_list, load_tokenizer, quiet_transformers, tiny_tokenizer
 
 # %% ../nbs/core/24_models.ipynb #cell-6
 def convert_smollm2(
@@ -108,40 +109,115 @@ def model_name(
 def model_input(
     name:str, # 'smollm2', 'tiny', a folder, or a hub name
     kind:str, # What a folder would be: a key of `densirl.files.WHAT`
-)->dict: # One entry for a config's inputs, or none for a built-in model
+    path:Path, # Where the folder would lie
+)->dict: # Entries for a config's inputs: one, two for an adapter with its base, or none for a built-in model
     "How a config declares the model it starts from"
     if name in BUILT_IN: return {}
-    return {f'hub_{kind}':name} if is_hub_name(name) else {kind:name}
+    if is_hub_name(name): return {f'hub_{kind}':name}
+    base = adapter_base(path) if is_adapter(path) else ''
+    return {kind:name}|({f'{kind}_base' if Path(base).exists() else f'hub_{kind}_base':base} if base else {})
 
 def start_path(
     name:str, # A folder or a hub name
     path:Path, # Where the folder would lie
     kind:str, # What a folder would be: a key of `densirl.files.WHAT`
 )->str: # What `from_pretrained` takes
-    "The hub name as it is, if the hub knows it, or the folder, which must exist"
-    if not is_hub_name(name): return str(need(path, kind))
+    "The hub name as it is, if the hub knows it, or the folder, which must exist and be a whole model or an adapter"
+    if not is_hub_name(name):
+        check_folder(need(path, kind))
+        return str(path)
     from transformers import AutoConfig
     try: AutoConfig.from_pretrained(name)
     except OSError as error: raise FileNotFoundError(f'{name} is no folder here, and the hub did not give it ({str(error).splitlines()[0]}); check the name, or give a folder.') from error
     return name
 
 # %% ../nbs/core/24_models.ipynb #cell-18
-def load_policy(
+def architecture(
     folder:str, # Hugging Face folder or hub name
+)->str: # Name of a class; empty where the folder names none
+    "What a folder holds; an adapter is what its base is, unless it brings the head of a reward model"
+    from transformers import AutoConfig
+    quiet_transformers()
+    if is_adapter(folder):
+        base = architecture(adapter_base(folder))
+        return base.replace('ForCausalLM', 'ForSequenceClassification') if score_rows(folder) else base
+    with loading(folder, 'a model'): return (AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or [''])[0]
+
+def score_rows(
+    folder:str, # Folder of an adapter
+)->int: # 0 where it has no head of a reward model
+    "The heads that an adapter brings"
+    from safetensors import safe_open
+    with safe_open(Path(folder)/'adapter_model.safetensors', 'pt') as file:
+        return next((file.get_slice(k).get_shape()[0] for k in file.keys() if k.endswith('score.weight')), 0)
+
+def load_whole(
+    auto, # An auto class of transformers
+    folder:str, # Hugging Face folder or hub name
+    dtype:torch.dtype, # Of the parameters
+    new:tuple=(), # Tensors that the folder may lack
+    **settings, # Of the configuration
+): # A model; attention is PyTorch's where the class supports it, otherwise the class's own
+    "Load a model of which no tensor is missing"
+    with loading(folder, 'a causal language model' if not new and 'Causal' in auto.__name__ else 'a reward model'):
+        model,info = auto.from_pretrained(folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **settings)
+    refuse_missing(folder, type(model).__name__, info, new)
+    return model
+
+def text_part(
+    model, # A model of text and images
+): # A causal language model of text alone, with the same weights
+    "Take the language model out of a larger one"
+    from transformers import AutoModelForCausalLM
+    text = AutoModelForCausalLM.from_config(model.config.get_text_config(decoder=True)).to(model.dtype)
+    text.base_model.load_state_dict(model.get_decoder().state_dict())
+    text.get_output_embeddings().load_state_dict(model.get_output_embeddings().state_dict())
+    text.generation_config = model.generation_config
+    return text
+
+# %% ../nbs/core/24_models.ipynb #cell-20
+def in_precision(
+    model, # A model
+    dtype:torch.dtype, # Of its parameters
+): # The same model
+    "Cast the parameters; buffers, such as rotary frequencies, stay as they are"
+    for p in model.parameters(): p.data = p.data.to(dtype)
+    return model
+
+# %% ../nbs/core/24_models.ipynb #cell-22
+def add_adapter(
+    model, # The base model of an adapter
+    folder:str, # Folder of a LoRA adapter
+): # A plain model
+    "Merge an adapter into its base, so that all weights can learn; each tensor of the adapter must find its place"
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    with loading(folder, 'an adapter'):
+        config = PeftConfig.from_pretrained(folder)
+        config.task_type = None
+        wrapped = PeftModel.from_pretrained(model, folder, config=config)
+    asked,given = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)),set(check_tensors(Path(folder)/'adapter_model.safetensors'))
+    if odd := sorted(asked^given): raise ValueError(f'The adapter at {folder} {"lacks" if odd[0] in asked else "has a tensor without a place in its base,"} {odd[0]} ({len(odd)} in all); merge it into its base and give the merged folder.')
+    return wrapped.merge_and_unload().requires_grad_(True)
+
+def load_policy(
+    folder:str, # Hugging Face folder, adapter folder or hub name
     dtype:torch.dtype=torch.float32, # fp32 for anything that is trained
     device:str='cpu', # Where to put it
 ): # A causal language model in evaluation mode
-    "Load a causal language model without dropout"
+    "Load a causal language model without dropout; an adapter is merged into its base"
     quiet_transformers()
-    from transformers import AutoConfig, AutoModelForCausalLM
-    kinds = AutoConfig.from_pretrained(folder).architectures or []
-    if any(k.endswith('ForSequenceClassification') for k in kinds):
-        raise ValueError(f'{folder} is a reward model ({kinds[0]}), not a policy; give an SFT run or another causal language model.')
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation='sdpa').to(device).eval()
+    from transformers import AutoModelForCausalLM
+    if (kind := architecture(folder)).endswith('ForSequenceClassification'):
+        raise ValueError(f'{folder} is a reward model ({kind}), not a policy; give an SFT run or another causal language model.')
+    if is_adapter(folder): return in_precision(add_adapter(load_policy(adapter_base(folder)), folder), dtype).to(device).eval()
+    model = load_whole(AutoModelForCausalLM, folder, dtype)
+    if model.config.get_text_config(decoder=True) is not model.config:
+        with loading(folder, 'a model of text alone'): model = text_part(model)
+    return model.to(device).eval()
 
-# %% ../nbs/core/24_models.ipynb #cell-19
+# %% ../nbs/core/24_models.ipynb #cell-23
 def load_reward_model(
-    folder:str, # Hugging Face folder or hub name of a causal or sequence-classification model
+    folder:str, # Hugging Face folder, adapter folder or hub name of a causal or sequence-classification model
     dtype:torch.dtype=torch.float32, # fp32 for anything that is trained
     device:str='cpu', # Where to put it
     seed:int=0, # Seed of a new head
@@ -149,15 +225,20 @@ def load_reward_model(
 ): # A sequence-classification model with a label for each head
     "Load a reward model; the heads of a plain language model are new, small and decided by `seed`"
     quiet_transformers()
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
+    made = architecture(folder).endswith('ForSequenceClassification')
+    if is_adapter(folder):
+        names = heads or tuple(f'LABEL_{i}' for i in range(score_rows(folder)))
+        base = load_reward_model(adapter_base(folder), seed=seed, heads=('reward',) if len(names)==1 and not heads else names)
+        return in_precision(add_adapter(base, folder), dtype).to(device).eval()
     torch.manual_seed(seed)
-    made = (AutoConfig.from_pretrained(folder).architectures or [''])[0].endswith('ForSequenceClassification')
     names = dict(enumerate(heads or ('reward',)))
     labels = {} if made and not heads else dict(id2label=names, label2id={name:i for i,name in names.items()})
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, attn_implementation='sdpa', **labels)
+    model = load_whole(AutoModelForSequenceClassification, folder, dtype, () if made else ('score.weight','score.bias'), **labels)
+    if not isinstance(getattr(model, 'score', None), torch.nn.Linear): raise ValueError(f'{type(model).__name__} at {folder} has no linear head named `score`; choose another model for the reward model.')
     return model.to(device).eval()
 
-# %% ../nbs/core/24_models.ipynb #cell-22
+# %% ../nbs/core/24_models.ipynb #cell-28
 @cache
 def compute_dtype(
     device:str='cpu', # Where the run computes

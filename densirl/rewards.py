@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from .heads import combine_heads
 from .logps import Packed, completion_rewards, compute_context
-from .models import load_reward_model
+from .models import architecture, load_reward_model
 from .objectives import group_advantages
-from .tokens import differing_token, folder_config, known_rows, load_tokenizer
+from .tokens import differing_token, embedding_rows, known_rows, load_tokenizer
 
 # %% ../nbs/core/50_rewards.ipynb #cell-5
 @dataclass(frozen=True)
@@ -33,13 +33,12 @@ def check_judge(
     tokenizer, # Tokenizer of the policy
 )->None:
     "Refuse a folder that holds no reward model, or one that cannot read the policy's tokens; a padding token of its own does not matter"
-    config = folder_config(folder)
-    made = (config and config.architectures or ['nothing'])[0]
+    made = architecture(folder) or 'nothing'
     if not made.endswith('ForSequenceClassification'):
         raise ValueError(f'The model at {folder} is a {made} and has no reward head; train one with `densirl rm`.')
     if odd := differing_token(load_tokenizer(folder), tokenizer):
         raise ValueError(f'The reward model at {folder} has another vocabulary than the policy (the token {odd[0]!r} has number {odd[1]} in one of them alone); train one from the same SFT checkpoint.')
-    if rows := getattr(config.get_text_config(), 'vocab_size', None): known_rows(tokenizer, rows, f'the policy for the reward model at {folder}')
+    if rows := embedding_rows(folder): known_rows(tokenizer, rows, f'the policy for the reward model at {folder}')
 
 def load_judge(
     folder:str, # Run folder of a reward model

@@ -26,6 +26,7 @@ from .objectives import preference_loss
 from .pairs import encode_pairs, kept_states, length_parts, pair_lengths, pair_states, pass_tokens
 from .run_folders import open_run
 from .sampler import epoch_batches, rank_slice
+from .selfcheck import check_model
 from .sft import agreed_dtype, skip_stage
 from .tokens import chat_format, check_prompts, load_tokenizer, separate_padding
 from .trainer import Progress, make_optimizer, memory_help, optimizer_step, resume_training, save_training
@@ -61,7 +62,7 @@ class RmConfig(ArmConfig):
     pairs_path:str = where('.cache/data/pairs_all.jsonl') # Pairs to read
     out_path:str = where('') # Run folder, a Hugging Face folder; empty is outs/rm, or outs/rm_gold for the gold fold
 
-    def inputs(self): return dict(pairs=self.pairs_path, **self.arm_inputs(), **model_input(self.sft_ckpt_path, 'sft'))
+    def inputs(self): return dict(pairs=self.pairs_path, **self.arm_inputs(), **model_input(self.sft_ckpt_path, 'sft', self.path(self.sft_ckpt_path)))
     def outputs(self): return [self.out_path or ('outs/rm' if self.fold=='proxy' else 'outs/rm_gold')]
 
 # %% ../nbs/02_rm.ipynb #cell-14
@@ -224,11 +225,13 @@ def train_rm(
     "Train a reward model on one fold and judge it on pairs of the `eval` fold"
     ranks,out,start = join_ranks(),cfg.path(cfg.outputs()[0]),start_path(cfg.sft_ckpt_path, cfg.path(cfg.sft_ckpt_path), 'sft')
     if skip_stage(cfg, ranks): return out
-    (pairs,held_out),tokenizer = proxy_and_held_out(cfg),load_tokenizer(start)
-    adapted = check_prompts(tokenizer, [*pairs, *held_out], cfg.max_prompt_tokens, cfg.sft_ckpt_path, ranks.main)
-    with open_run(cfg, ranks.main) as run, memory_help(SMALLER):
-        names = rm_heads(cfg, pairs)
+    with memory_help(SMALLER):
+        (pairs,held_out),tokenizer = proxy_and_held_out(cfg),load_tokenizer(start)
+        adapted,names = check_prompts(tokenizer, [*pairs, *held_out], cfg.max_prompt_tokens, cfg.sft_ckpt_path, ranks.main),rm_heads(cfg, pairs)
         model = load_reward_model(start, device=ranks.device, seed=head_seed(cfg.seed, cfg.fold), heads=tuple(names))
+        check = check_model(model, cfg.path('.cache'), model_name(start) if ranks.main else '')
+    with open_run(cfg, ranks.main) as run, memory_help(SMALLER):
+        run.facts['self_check'] = check
         separate_padding(model, tokenizer)
         model,finish = prepare_model(model, cfg.train, cfg.lora_rank)
         optimizer = make_optimizer(model, cfg.learning_rate)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .decode import laying_out, make_reader
+from .models import in_precision
 
 # %% ../nbs/core/30_rollout.ipynb #cell-6
 def completion_uniforms(
@@ -106,7 +107,7 @@ def sampling_copy(
     dtype:torch.dtype, # Precision to sample in
 ): # The policy itself in fp32, otherwise a copy
     "A model to sample from"
-    return model if dtype==torch.float32 else copy.deepcopy(model).to(dtype)
+    return model if dtype==torch.float32 else in_precision(copy.deepcopy(model), dtype)
 
 @torch.no_grad()
 def refresh_(

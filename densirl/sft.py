@@ -18,6 +18,7 @@ from .logps import compute_context, pack_groups, token_facts
 from .models import BUILT_IN, compute_dtype, load_policy, model_folder, model_input, model_name, save_model, start_path
 from .run_folders import is_made, open_run
 from .sampler import epoch_batches, rank_slice
+from .selfcheck import check_model
 from .tokens import check_prompts, encode_completion, encode_prompt, load_tokenizer, match_vocabulary, prompt_messages
 from .trainer import Progress, make_optimizer, optimizer_step
 
@@ -41,7 +42,7 @@ class SftConfig(StageConfig):
     prompts_path:str = where('.cache/data/prompts_all.jsonl') # Prompts of the pairs, which know their folds
     out_path:str = where('outs/sft') # Run folder, a Hugging Face folder
 
-    def inputs(self): return dict(pairs=self.pairs_path, prompts=self.prompts_path, **model_input(self.model, 'source'))
+    def inputs(self): return dict(pairs=self.pairs_path, prompts=self.prompts_path, **model_input(self.model, 'source', self.path(self.model)))
     def outputs(self): return [self.out_path]
 
 # %% ../nbs/core/45_sft.ipynb #cell-7
@@ -95,11 +96,12 @@ def train_sft(
     if skip_stage(cfg, ranks): return out
     pairs = select_pairs(read_pairs(cfg.path(cfg.pairs_path)), read_folds(cfg.path(cfg.prompts_path)), 'policy', 'sft')
     folder = start_folder(cfg, pairs, ranks)
-    tokenizer = load_tokenizer(folder)
+    tokenizer,model,dtype = load_tokenizer(folder),load_policy(folder, device=ranks.device),agreed_dtype(ranks, cfg.path('.cache'))
     adapted = check_prompts(tokenizer, pairs, cfg.max_prompt_tokens, cfg.model, ranks.main)
+    check = check_model(model, cfg.path('.cache'), model_name(folder) if ranks.main else '')
+    match_vocabulary(model, tokenizer)
     with open_run(cfg, ranks.main) as run:
-        model,dtype = load_policy(folder, device=ranks.device),agreed_dtype(ranks, cfg.path('.cache'))
-        match_vocabulary(model, tokenizer)
+        run.facts['self_check'] = check
         prompts = [encode_prompt(tokenizer, prompt_messages(p), cfg.max_prompt_tokens) for p in pairs]
         completions = [encode_completion(tokenizer, p['chosen'], cfg.max_completion_tokens) for p in pairs]
         optimizer,progress = make_optimizer(model, cfg.learning_rate),Progress(run, cfg.max_steps, 'sft')

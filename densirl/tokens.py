@@ -8,8 +8,8 @@ __all__ = ['TEMPLATE', 'DATE', 'DIRECTIVES', 'CLOCK', 'TEMPLATE_ERRORS', 'ADAPTA
            'make_format', 'chat_format', 'plain_tokens', 'encode_completion', 'decode_completion', 'as_given',
            'turns_joined', 'system_in_user', 'fit', 'escaped_tokens', 'encode_chat', 'shorten', 'exchanges', 'cut_chat',
            'prompt_tokens', 'encode_prompt', 'prompt_messages', 'check_prompts', 'id_list', 'folder_config',
-           'own_template', 'known_rows', 'load_tokenizer', 'match_vocabulary', 'padding_token', 'separate_padding',
-           'differing_token']
+           'text_config', 'embedding_rows', 'own_template', 'known_rows', 'load_tokenizer', 'match_vocabulary',
+           'padding_token', 'separate_padding', 'differing_token']
 
 # %% ../nbs/core/24_tokens.ipynb #cell-3
 import re, warnings
@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from jinja2 import TemplateError, TemplateSyntaxError
 from .files import read_json
+from .folders import adapter_base, is_adapter, loading, tokenizer_folder
 
 # %% ../nbs/core/24_tokens.ipynb #cell-5
 def quiet_transformers()->None:
     "Keep transformers from printing bars and reports while it loads what we asked for"
-    warnings.filterwarnings('ignore', message='IProgress not found')
+    for said in ('IProgress not found','`is_gradient_checkpointing` is deprecated'): warnings.filterwarnings('ignore', message=said)
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -358,9 +359,24 @@ def folder_config(
     "Read one of the configurations of a model"
     from transformers import AutoConfig, GenerationConfig
     kind,file = (GenerationConfig,'generation_config.json') if generation else (AutoConfig,'config.json')
-    if Path(folder).is_dir(): return kind.from_pretrained(folder) if (Path(folder)/file).exists() else None
+    if is_adapter(folder): return folder_config(adapter_base(folder), generation)
+    if Path(folder).is_dir():
+        with loading(folder, 'a model'): return kind.from_pretrained(folder) if (Path(folder)/file).exists() else None
     try: return kind.from_pretrained(folder)
     except OSError: return None # not on the hub; a folder that lacks a model is reported by whoever loads the model
+
+def text_config(
+    folder:str, # Hugging Face folder or hub name
+): # The part of its configuration that is about text; None where there is none
+    "The configuration of the language model in a folder"
+    config = folder_config(folder)
+    return config and config.get_text_config()
+
+def embedding_rows(
+    folder:str, # Hugging Face folder or hub name
+)->int|None: # None where no configuration names them
+    "Rows of a model's embedding"
+    return getattr(text_config(folder), 'vocab_size', None)
 
 def own_template(
     tokenizer, # Tokenizer of a model without a chat template
@@ -386,15 +402,14 @@ def load_tokenizer(
     "Load a tokenizer; it must know how to format a chat and how to end it, and fit the model beside it"
     quiet_transformers()
     from transformers import AutoTokenizer
-    try: tokenizer = AutoTokenizer.from_pretrained(folder)
+    try: tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder))
     except Exception as error: raise ValueError(f'The tokenizer at {folder} cannot be loaded ({(str(error).strip() or type(error).__name__).splitlines()[0]}); give a folder that holds one, as `save_pretrained` writes it.') from error # readers of tokenizers raise a plain Exception
-    found,config = tokenizer.chat_template,folder_config(folder)
+    found = tokenizer.chat_template
     if found is None: tokenizer.chat_template = own_template(tokenizer)
     else: tokenizer.chat_template = {k:stopped_clock(v) for k,v in found.items()} if isinstance(found, dict) else stopped_clock(found)
-    text_config = config and config.get_text_config()
-    rows = getattr(text_config, 'vocab_size', None)
+    rows = embedding_rows(folder)
     n = known_rows(tokenizer, rows, folder) if rows else len(tokenizer)
-    listed = getattr(folder_config(folder, generation=True) or text_config, 'eos_token_id', None)
+    listed = getattr(folder_config(folder, generation=True) or text_config(folder), 'eos_token_id', None)
     tokenizer.listed_ends = tuple(i for i in id_list(listed) if 0<=i<n)
     try: chat_format(tokenizer)
     except ValueError as error: raise ValueError(f'{error}, at {folder}; mend its chat template, or choose another model.') from error

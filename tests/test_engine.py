@@ -4,11 +4,11 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PhiConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PhiConfig, Qwen2Config, Qwen3Config
 
 from densirl import rollout
 from densirl.attention import can_see, why_not_seen
-from densirl.decode import CachedReader, Reader, can_lay_out, laid_out, laying_out, make_reader
+from densirl.decode import CachedReader, EqualReader, Reader, can_lay_out, laid_out, laying_out, make_reader
 from densirl.logps import group_hidden, pack_groups, token_facts
 from densirl.rollout import completion_uniforms, generate
 from densirl.vocab import check_head
@@ -157,17 +157,17 @@ def test_log_probabilities_and_gradients_are_those_of_autograd(shape):
 
 
 def test_other_attention_falls_back_and_says_why():
-    sliding = random_model(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=4))
-    assert 'sliding attention' in why_not_seen(sliding) and isinstance(make_reader(sliding, PROMPTS, 1, 8), CachedReader)
+    hybrid = random_model(LlamaConfig(**SMALL, num_key_value_heads=2))
+    hybrid.config.layer_types = ['conv', 'full_attention']
+    assert why_not_seen(hybrid) == 'it has layers of conv' and isinstance(make_reader(hybrid, PROMPTS, 1, 8), EqualReader)
     capped = random_model(LlamaConfig(**SMALL, num_key_value_heads=2))
     packed = pack_groups(PROMPTS[:1], [[[21, 22]]])
     with torch.no_grad(): ours = group_hidden(capped, packed)
     capped.config.attn_logit_softcapping = 1e9
-    assert 'caps the scores' in why_not_seen(capped)
+    assert 'caps the scores' in why_not_seen(capped) and isinstance(make_reader(capped, PROMPTS, 1, 8), CachedReader)
     with torch.no_grad(): torch.testing.assert_close(group_hidden(capped, packed), ours, atol=1e-5, rtol=1e-4)
-    bent = random_model(LlamaConfig(**SMALL, num_key_value_heads=2))
-    bent.config.final_logit_softcapping = 30.
-    with pytest.raises(NotImplementedError, match='bends its logits'): token_facts(bent, packed)
+    capped.config.final_logit_softcapping = 30.
+    with pytest.raises(NotImplementedError, match='caps its logits'): token_facts(capped, packed)
 
 
 def test_a_model_that_scales_its_logits_unheard_of_is_refused():
