@@ -15,7 +15,8 @@ import torch
 from .files import half_made, need, read_json, write_json
 from .folders import adapter_base, check_folder, check_tensors, is_adapter, loading, refuse_missing
 from .run_folders import alone
-from .tokens import TEMPLATE, chat_format, id_list, load_tokenizer, quiet_transformers, tiny_tokenizer
+from .tokens import (TEMPLATE, chat_format, encode_completion, encode_prompt, id_list, load_tokenizer, prompt_messages, quiet_transformers,
+    separate_padding, tiny_tokenizer)
 
 # %% ../nbs/core/24_models.ipynb #cell-6
 def convert_smollm2(

@@ -14,7 +14,7 @@ from itertools import chain, count
 from pathlib import Path
 from .config import StageConfig, command_line
 from .files import HALF, half_made, need, raise_if_full, read_json, remove_halves, text_hash, write_json
-from .runs import (CLEARED, UNHASHED, checkpoint_home, content_hashes, environment, has_key, is_file_name, is_unchanged,
+from .runs import (CLEARED, UNHASHED, checkpoint_home, content_hashes, environment, has_key, is_file_name, is_model, is_unchanged,
     manifest_path, read_log, read_manifest, registered, run_key, up_to_date)
 
 # %% ../nbs/core/10_run_folders.ipynb #cell-6
@@ -57,7 +57,8 @@ def refuse_place(
         if out==root or out in root.parents: raise ValueError(f'{name} is {out}, which holds everything of this root; give a folder below {root}.')
         for kind,path in inputs.items():
             path = Path(path).resolve()
-            if out==path or out in path.parents or path in out.parents:
+            beside = is_file_name(out) and is_model(path) # answers do not change the model in whose folder they lie
+            if out==path or out in path.parents or (path in out.parents and not beside):
                 raise ValueError(f'{name} is {out}, and the stage reads {path} ({kind.replace("_", " ")}); give a place that is apart from what it reads.')
     if len({p.name for p in places.values()})<len(places): raise ValueError(f'Two outputs have one name: {", ".join(map(str, places.values()))}; give different names.')
 

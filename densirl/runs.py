@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGE_DATA', 'UNHASHED', 'CLEARED', 'FIELDS', 'ALWAYS_OURS', 'WHEN_COMPLETE', 'module_imports', 'code_hash',
-           'is_file_name', 'manifest_path', 'content_hashes', 'read_manifest', 'input_hash', 'run_key', 'has_key',
-           'is_unchanged', 'up_to_date', 'checkpoint_home', 'environment', 'git', 'registered', 'is_committed',
-           'read_log']
+           'is_file_name', 'manifest_path', 'content_hashes', 'read_manifest', 'is_model', 'input_hash', 'run_key',
+           'has_key', 'is_unchanged', 'up_to_date', 'checkpoint_home', 'environment', 'git', 'registered',
+           'is_committed', 'read_log']
 
 # %% ../nbs/core/10_runs.ipynb #cell-3
 import ast, importlib.metadata, json, os, platform, subprocess
@@ -81,6 +81,12 @@ def read_manifest(
     if wrong: raise ValueError(f'{path} is no manifest of densirl, or was edited: {wrong[0]} is {found.get(wrong[0], "missing")!r}; move it away, or make {out} again.')
     return found
 
+def is_model(
+    path:Path, # A folder
+)->bool: # Whether it is a model folder that no stage of ours has made
+    "Is this a model that was brought here?"
+    return (path/'config.json').exists() and not manifest_path(path).exists()
+
 def input_hash(
     path:Path, # File or run folder that a stage is to read
     kind:str, # What it is: a key of `densirl.files.WHAT`
@@ -90,6 +96,7 @@ def input_hash(
     hashes,manifest,path = content_hashes([path]),read_manifest(path),Path(path)
     if kind in ALWAYS_OURS and not manifest: raise RuntimeError(f'The {WHAT[kind]} at {path} has no manifest, so that nothing tells whether it is whole; {remedy(kind)}.')
     if manifest and manifest['status']!='complete': raise RuntimeError(f'The {WHAT[kind]} at {path} is not finished; {remedy(kind)}.')
+    if is_model(path): hashes = {k:v for k,v in hashes.items() if not (k.startswith('.') or k.endswith('.manifest.json') or f'{k}.manifest.json' in hashes)} # without answers that lie there
     known = {k:v for k,v in manifest.get('outputs', {}).items() if path.is_dir() or k==path.name}
     moved = [name for name,value in known.items() if hashes.get(name)!=value]
     if moved: raise RuntimeError(f'{moved[0]} in {path} has changed since its run; {remedy(kind, "--force")}.')
