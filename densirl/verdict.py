@@ -41,7 +41,7 @@ class Plan:
 DECIDES = ('diversity','diversity_body','effective_diversity','lexical_distance') # Per input, higher is better, and free of the number of completions
 MEASURES = (*DECIDES,'diversity_2','classes','vendi','self_bleu','reward','gold','entropy','length','ended','kl','words','opener','loops','refused','empty') # All that a prompt may be measured by
 PROTOCOL = ('seed','suite','samples','prompt_set','n_prompts','n_samples','max_prompt_tokens','max_new_tokens','temperature','embedder',
-    'second_embedder','languagetool_url','max_words','words_each') # Settings of an evaluation that a plan may fix
+    'second_embedder','languagetool_url','max_words','words_each','batch_size') # Settings of an evaluation that a plan may fix
 
 def plan_fault(
     name:str, # A field of a plan

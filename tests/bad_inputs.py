@@ -44,7 +44,7 @@ def settings():
         for f in fields(config):
             kind = type(f.default).__name__
             for value in (*WRONG_NUMBERS.get(kind, ()), *(('-1',) if f.name in NEGATIVE else ()), *TEXTS.get(f.name, ())):
-                yield Case(f'setting {stage} {f.name} {value!r}', [stage, f'--{f.name}={value}'])
+                yield Case(f'setting {stage} {f.name} {value!r}', [stage, f'--{f.name}={value}'], wanted='fine' if (stage, f.name) == ('rm', 'density_k') and value.isdigit() else 'refused')   # the uniform arm reads no density
     yield Case('setting grpo group_size 1', ['grpo', '--group_size=1'])
     yield Case('setting grpo kl_ratio with k2', ['grpo', '--kl=k2', '--kl_ratio=True'])
     yield Case('setting grpo unknown flag', ['grpo', '--max_stps=3'])

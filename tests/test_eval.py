@@ -9,8 +9,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from conftest import densirl
-from densirl.compare import CompareConfig, make_compare
-from densirl.config import StageConfig, cli_config, config_flags, make_config, where
+from densirl.compare import NOT_MEASURES, CompareConfig, make_compare
+from densirl.config import StageConfig, cli_config, config_flags, make_config, science, where
 from densirl.crossed import crossed_interval, sign_flip
 from densirl.curves import Curve
 from densirl.diversity import FEATURES, SAME, diversity_facts, pair_features, pairwise_distance, prompt_residual, same_probability
@@ -21,7 +21,7 @@ from densirl.mode_collapse import EvalConfig
 from densirl.report import ReportConfig, make_report
 from densirl.run_folders import open_run
 from densirl.simulate import simulated_study
-from densirl.verdict import Plan, decide, estimates, is_gain
+from densirl.verdict import MEASURES, PROTOCOL, Plan, decide, estimates, is_gain
 
 
 # -- people's judgement (EVALUATION 6)
@@ -177,6 +177,11 @@ def test_runs_by_pattern_with_their_checkpoints(tiny_run, tmp_path):
     found = read_json(root/'outs/compare/compare.json')
     assert [c['steps'] for c in found['curves'] if c['region'] == 'all'] == [[0, 2], [0, 1, 2]]
     assert '"seeds": 1' in (root/'outs/compare/compare.json').read_text()
+
+def test_a_plan_knows_all_settings_and_measures_of_an_evaluation(tiny_run):
+    assert set(PROTOCOL) == science(EvalConfig()).keys()
+    measured = {k for r in read_jsonl(tiny_run/'outs/eval/per_prompt.jsonl') for k in r}-set(NOT_MEASURES)
+    assert 'diversity' in measured and measured <= set(MEASURES)
 
 def test_a_pattern_that_finds_nothing(tiny_run):
     said = densirl('eval', '--profile', 'test', '--root', tiny_run, '--runs', 'outs/none/*', ok=False)
