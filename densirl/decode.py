@@ -86,9 +86,10 @@ def limits(self:Memory,
     rule = layer_rule(max(self.sizes)+(self.tokens if self.at is not None else self.newest+1), **asked)
     if rule is None: return None
     newest = self.newest if self.at is None else self.at
+    width = next(iter(self.prompts.values()))[0].shape[2] # of the longest prompt that was read, which may be gone by now
     query,own = self.lengths[:,None]+newest,torch.arange(self.newest+1 if self.at is None else self.tokens, device=self.lengths.device)
     def low(unseen): return torch.zeros(unseen.shape, device=unseen.device).masked_fill(unseen, float('-inf'))[:,None,None]
-    beyond,ahead = low(rule.unseen(query, torch.arange(max(self.sizes), device=own.device)[None])),low(rule.unseen(query, self.lengths[:,None]+own))
+    beyond,ahead = low(rule.unseen(query, torch.arange(width, device=own.device)[None])),low(rule.unseen(query, self.lengths[:,None]+own))
     return beyond if self.beyond is None else beyond+self.beyond,ahead.repeat_interleave(self.samples, 0)
 
 @patch
@@ -213,7 +214,7 @@ class Reader:
         return self.ask(input_ids=ids, position_ids=position, logits_to_keep=last)[0].repeat_interleave(self.memory.samples, 0)
 
     def step(self, tokens:Tensor)->Tensor: # (rows,) the newest tokens → (rows, vocabulary) logits
-        "What the model says to one more token of every completion"
+        "Logits after one more token of every completion"
         return self.ask(input_ids=tokens[:,None], position_ids=self.position[:,None])[:,-1]
 
 # %% ../nbs/core/26_decode.ipynb #cell-28

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BUFFER', 'HALF', 'BROKEN', 'KIND', 'MADE_BY', 'WHAT', 'repo_root', 'open_bytes', 'packed_bytes', 'raise_if_full',
-           'half_made', 'remove_halves', 'atomic', 'write_json', 'once', 'read_json', 'json_line', 'write_jsonl',
-           'parse_line', 'refuse_broken', 'read_lines', 'read_jsonl', 'check_fields', 'remedy', 'need', 'sentence',
-           'bytes_hash', 'file_hash', 'text_hash', 'whole_records', 'read_or_make']
+           'locked_half', 'half_made', 'remove_halves', 'atomic', 'write_json', 'once', 'read_json', 'json_line',
+           'write_jsonl', 'parse_line', 'refuse_broken', 'read_lines', 'read_jsonl', 'check_fields', 'remedy', 'need',
+           'sentence', 'bytes_hash', 'file_hash', 'text_hash', 'whole_records', 'read_or_make']
 
 # %% ../nbs/core/01_files.ipynb #cell-3
 import errno, fcntl, glob, gzip, hashlib, io, json, os, shutil, tempfile, zlib
@@ -61,6 +61,19 @@ def raise_if_full(
 
 HALF = '.half-' # In the name of what is being written
 
+def locked_half(
+    path:Path, # File or folder to make
+    folder:bool, # Whether it is a folder
+)->tuple: # Its handle, locked, and its path
+    "Make a temporary file or folder and lock it; one that another writer removes before it is locked is made again"
+    while True:
+        made = (tempfile.mkdtemp if folder else tempfile.mkstemp)(dir=path.parent, prefix=f'.{path.name}{HALF}')
+        try: handle,half = (os.open(made, os.O_RDONLY), Path(made)) if folder else (made[0], Path(made[1]))
+        except FileNotFoundError: continue
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if half.exists(): return handle,half
+        os.close(handle)
+
 @contextmanager
 def half_made(
     path:Path, # File or folder to make; its parent is made if needed
@@ -70,11 +83,8 @@ def half_made(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_halves(path)
-    made = (tempfile.mkdtemp if folder else tempfile.mkstemp)(dir=path.parent, prefix=f'.{path.name}{HALF}')
-    handle,half = (os.open(made, os.O_RDONLY), Path(made)) if folder else (made[0], Path(made[1]))
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        yield half
+    handle,half = locked_half(path, folder)
+    try: yield half
     except BaseException as error:
         raise_if_full(error, path)
         raise
@@ -90,14 +100,15 @@ def remove_halves(
     "Remove what killed writers of `path` have left; what a living process is writing stays"
     path,removed = Path(path),[]
     for half in path.parent.glob(f'.{glob.escape(path.name)}{HALF}*'):
+        try: handle = os.open(half, os.O_RDONLY)
+        except FileNotFoundError: continue
         try:
-            handle = os.open(half, os.O_RDONLY)
-            try: fcntl.flock(handle, fcntl.LOCK_EX|fcntl.LOCK_NB)
-            finally: os.close(handle)
-        except (BlockingIOError, FileNotFoundError): continue
-        if half.is_dir(): shutil.rmtree(half)
-        else: half.unlink(missing_ok=True)
-        removed.append(half)
+            fcntl.flock(handle, fcntl.LOCK_EX|fcntl.LOCK_NB)
+            if half.is_dir(): shutil.rmtree(half)
+            else: half.unlink(missing_ok=True)
+            removed.append(half)
+        except BlockingIOError: continue
+        finally: os.close(handle)
     return removed
 
 @contextmanager

@@ -108,7 +108,7 @@ def adapter_base(
     found = next((str(p.resolve()) for p in (Path(name), folder/name) if name and (p/'config.json').exists()), '')
     if found: return found
     if name.count('/')==1 and not name.startswith(('.','/')) and not Path(name.split('/')[0]).exists(): return name
-    raise FileNotFoundError(f'{folder} is an adapter and its base model is not at {name or "any named place"}; put it there, or merge the adapter into its base and give the merged folder.')
+    raise FileNotFoundError(f'{folder} is an adapter and its base model is not at {name or "any named place"}; put it there (a hub name needs its organisation, such as openai-community/gpt2), or merge the adapter into its base and give the merged folder.')
 
 def check_adapter(
     folder:Path, # Folder of an adapter
@@ -116,7 +116,7 @@ def check_adapter(
     "Refuse an adapter that cannot be added to its base"
     settings,whole = read_settings(folder/ADAPTER),[n for n in WEIGHTS if (folder/n).exists()]
     if whole: raise ValueError(f'{folder} holds both an adapter and the weights of a whole model ({whole[0]}); keep one of them.')
-    if settings.get('peft_type')!='LORA': raise ValueError(f'The adapter at {folder} is of the kind {settings.get("peft_type")}, and only LORA can be merged; merge it into its base and give the merged folder.')
+    if settings.get('peft_type')!='LORA': raise ValueError(f'The adapter at {folder} is of the kind {settings.get("peft_type")}, and densirl merges LORA alone; merge this one with peft and give the merged folder.')
     if not (folder/'adapter_model.safetensors').exists(): raise FileNotFoundError(f'{folder} has no adapter_model.safetensors; save the adapter again with save_pretrained.')
     check_tensors(folder/'adapter_model.safetensors')
     base = adapter_base(folder)
@@ -135,7 +135,7 @@ def loading(
     folder:str, # Hugging Face folder or hub name
     kind:str, # What it is loaded as, with its article
 ):
-    "Turn what libraries raise about a folder into one sentence; a full memory is raised as it is"
+    "Turn what libraries raise about a folder into one sentence; an out-of-memory error is raised unchanged"
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     try: yield

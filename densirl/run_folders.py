@@ -94,7 +94,7 @@ def alone(
     patience:float=600., # Seconds to wait for a process that is stopping
     wait:bool=False, # Whether to wait for any other process
 ): # A function that says that this process is stopping
-    "Be the only process that works on an output"
+    "Hold the lock of an output"
     lock,told = Path(out).resolve(),False
     lock = lock.with_name(f'.{lock.name}.lock')
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def settled(
     outputs:list, # Files and folders of a stage
     stage:str, # Its name
 ): # As from `alone`
-    "Be the only process at work on outputs at which all moves are done and no file of somebody else lies"
+    "Lock outputs, finish interrupted moves, and refuse files that this stage has not written"
     with alone(outputs[0]) as stopping:
         finish_placing(outputs)
         refuse_unknown(outputs, stage)
@@ -172,13 +172,14 @@ def place(
     write_json(home/'placing.json', dict(run=run.name, kept=kept))
     finish_placing(outputs)
     for other in home.glob(f'{run_name(new)}*/'):
-        if read_manifest(other)['status']!='complete' or (same and other.name==kept): shutil.rmtree(other)
+        if read_manifest(other).get('status')!='complete' or (same and other.name==kept): shutil.rmtree(other)
     if (home/kept).exists():
-        print(f'{Path(outputs[0]).name} held a complete run of profile {known.get("profile")} ({known["digest"]}); it is kept in {home.name}/{kept}, and its command takes it back', flush=True)
+        what = f'a complete run of profile {known["profile"]} ({known["digest"]})' if known else 'files without a manifest'
+        print(f'{Path(outputs[0]).name} held {what}, which is kept in {home.name}/{kept}'+('; its command takes it back' if known else ''), flush=True)
     drop_worthless(home)
 
 def drop_worthless(
-    home:Path, # From `runs_of`; nobody else works there
+    home:Path, # From `runs_of`, locked by this process
     but:str='', # Name of the run that is being worked on
 )->None:
     "Remove unfinished runs from which nothing can be resumed, and the folder if it is empty"

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from .attention import why_not_packed, why_not_seen
-from .decode import READERS, accepted, decoding_of
+from .decode import READERS, decoding_of
 from .files import read_json, text_hash, write_json
 from .logps import completion_rewards, pack_groups, token_facts
 from .runs import code_hash
@@ -115,7 +115,7 @@ def plain_numbers(
     model, # A causal language model or a reward model
     texts:Texts, # Prompts and completions
 )->Tensor: # (completions, numbers): log-probabilities, 0 behind the end; or rewards
-    "What the model itself says, text by text"
+    "Log-probabilities or rewards of a plain forward pass, one text at a time"
     rows = []
     for prompt,completions in zip(texts.prompts, texts.completions):
         for text in completions:
@@ -128,7 +128,7 @@ def our_numbers(
     model, # A causal language model or a reward model
     texts:Texts, # Prompts and completions
 )->Tensor: # As `plain_numbers`
-    "What we take the model to say"
+    "The same, from packed groups"
     packed = pack_groups(texts.prompts, texts.completions).to(model.device)
     return (completion_rewards(model, packed) if is_reward_model(model) else token_facts(model, packed).logps).flatten(0, 1)
 
@@ -158,7 +158,7 @@ def looks_ahead(
     model, # A causal language model
     texts:Texts, # Prompts and completions
 )->float: # Nats
-    "How much the end of a text changes what a model says of its beginning"
+    "How much the end of a text changes the log-probabilities at its beginning"
     text = torch.tensor([texts.prompts[0]+texts.completions[0][0]], device=model.device)
     whole,part = (model(ids).logits[0,:text.shape[1]//2].log_softmax(-1) for ids in (text, text[:,:text.shape[1]//2]))
     return (whole-part).abs().max().item()
@@ -186,7 +186,8 @@ def decoding_error(
             reader.keep(torch.tensor([0,1], device=model.device), torch.tensor([[1],[2]], device=model.device))
             rows = wrote
         ours.append(reader.read(rows[t]))
-    return max((mine.log_softmax(-1)-row.repeat_interleave(len(mine)//2, 0)).abs().max().item() for whose in (theirs, alone) for mine,row in zip(ours, whose))
+    errors = [(mine.log_softmax(-1)-row.repeat_interleave(len(mine)//2, 0)).abs().max() for whose in (theirs, alone) for mine,row in zip(ours, whose)]
+    return torch.stack(errors).max().item() # a NaN stays one, which Python's `max` would drop
 
 # %% ../nbs/core/27_selfcheck.ipynb #cell-22
 TOLERANCE = 1e-3 # Nats per token, units of reward, or of a gradient's length, between two ways to compute the same in fp32
@@ -223,9 +224,9 @@ def find_way(
         if wrong: raise refusal(model, f'a longer text changes what it says of the beginning, {wrong}')
     found,wrong = attempt(lambda: reading_error(model, texts, learns))
     if wrong and not why_not_packed(model):
-        model.densirl_unpacked = f'packed, it would be {wrong}' if 'away' in wrong else f'packed, {wrong}'
+        model.densirl_unpacked = f'packed, {wrong}' if wrong.startswith('it raises') else f'packed, it would be {wrong}'
         found,wrong = attempt(lambda: reading_error(model, texts, learns))
-    if wrong: raise refusal(model, f'read one completion a row, {wrong}' if 'raises' in wrong else f'read one completion a row, it is {wrong} from a plain forward pass')
+    if wrong: raise refusal(model, f'read one completion a row, {wrong}' if wrong.startswith('it raises') else f'read one completion a row, it is {wrong} from a plain forward pass')
     if is_reward_model(model): return found
     return dict(found, decoding=find_decoder(model, texts))
 
@@ -249,7 +250,7 @@ KNOWN = {} # Outcomes found or read in this process
 def check_key(
     model, # A model of the transformers library
 )->str: # 16 hex digits
-    "One name for all that the outcome of a check depends on"
+    "One name for the class, configuration, device and code of a check; weights are no part of it"
     config = {k:v for k,v in model.config.to_dict().items() if k not in ('_name_or_path','architectures','transformers_version')}
     place = [type(model).__name__, model.config._attn_implementation, str(model.dtype), model.device.type, version('torch'), version('transformers'), code_hash('selfcheck')]
     return text_hash(json.dumps([place, config], sort_keys=True, default=str))[:16]

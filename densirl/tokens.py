@@ -19,7 +19,6 @@ from itertools import takewhile
 from pathlib import Path
 import torch
 from jinja2 import TemplateError, TemplateSyntaxError
-from .files import read_json
 from .folders import adapter_base, is_adapter, loading, tokenizer_folder
 
 # %% ../nbs/core/24_tokens.ipynb #cell-5
@@ -263,7 +262,7 @@ def shorten(
         if not tokenizer.is_fast: return tokenizer.decode(found['input_ids'][drop:])
         span = found.token_to_chars(drop) # None for a space that SentencePiece puts before a text
         return text[span.start:] if span else text
-    (least,ids),drop = filled('.'),0
+    least,ids = filled('.')
     drop = max(0, len(found['input_ids'])-1-max(0, max_tokens-len(ids)))
     while len(ids)<=max_tokens and drop<len(found['input_ids']):
         new,longer = filled(rest(drop))
@@ -399,10 +398,11 @@ def known_rows(
 def load_tokenizer(
     folder:str, # Hugging Face folder or hub name
 ): # Its tokenizer
-    "Load a tokenizer; it must know how to format a chat and how to end it, and fit the model beside it"
+    "Load a tokenizer with a chat template and an end token; refuse one that does not fit the embedding of its model"
     quiet_transformers()
     from transformers import AutoTokenizer
-    try: tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder))
+    home = tokenizer_folder(folder)
+    try: tokenizer = AutoTokenizer.from_pretrained(home)
     except Exception as error: raise ValueError(f'The tokenizer at {folder} cannot be loaded ({(str(error).strip() or type(error).__name__).splitlines()[0]}); give a folder that holds one, as `save_pretrained` writes it.') from error # readers of tokenizers raise a plain Exception
     found = tokenizer.chat_template
     if found is None: tokenizer.chat_template = own_template(tokenizer)

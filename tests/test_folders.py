@@ -149,8 +149,8 @@ def test_the_base_is_an_input_and_output_is_a_plain_folder(adapters, tiny_run):
     assert read_manifest(out)['facts']['self_check'][str(adapters/'adapter')]['way'] == 'seen' and 'grpo_base_adapter' in read_manifest(out)['inputs']
 
 @pytest.mark.parametrize('edit, said', [
-    (lambda s: s | dict(base_model_name_or_path='/nowhere/base'), 'its base model is not at /nowhere/base; put it there, or merge'),
-    (lambda s: s | dict(peft_type='PREFIX_TUNING'), 'of the kind PREFIX_TUNING, and only LORA can be merged')])
+    (lambda s: s | dict(base_model_name_or_path='/nowhere/base'), 'its base model is not at /nowhere/base; put it there'),
+    (lambda s: s | dict(peft_type='PREFIX_TUNING'), 'of the kind PREFIX_TUNING, and densirl merges LORA alone')])
 def test_an_adapter_that_cannot_be_merged_is_one_sentence(adapters, tmp_path, edit, said):
     folder = copy_of(adapters/'adapter', tmp_path/'a')
     write_json(folder/'adapter_config.json', edit(read_json(folder/'adapter_config.json')))
