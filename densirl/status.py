@@ -75,13 +75,14 @@ def bytes_text(
 def about_run(
     run:Found, # A run
     root:Path, # Folder that paths start from
-)->str: # One line, or two where something can be done
+    hint:bool=True, # Whether the command that takes it back or resumes it follows
+)->str: # One line, or two with a hint
     "What is known of a run"
     m = run.manifest
     steps = sorted(int(f.name.split('_')[1]) for f in checkpoint_home(run.path).glob('step_*'))
     words = [os.path.relpath(run.path, root), m['stage'], run.state+(f' at step {steps[-1]}' if steps else ''), m.get('digest', ''), m.get('profile', ''), bytes_text(run.size)]
     doing = dict(kept='take back', unfinished='resume').get(run.state)
-    return '  '.join(w for w in words if w)+(f'\n    {doing} with: {m["command"]}' if doing and m.get('command') else '')
+    return '  '.join(w for w in words if w)+(f'\n    {doing} with: {m["command"]}' if hint and doing and m.get('command') else '')
 
 @dataclass(frozen=True)
 class StatusConfig(StageConfig):
@@ -144,7 +145,7 @@ def clean(
         if (run.path.parent/'placing.json').exists(): continue # its command finishes the move
         if cfg.yes:
             with alone(output_of(run.path)): shutil.rmtree(run.path)
-        print(f'{verb} {about_run(run, root)}')
+        print(f'{verb} {about_run(run, root, hint=not cfg.yes)}')
         total += run.size
     halves = {half:size_of(half) for half in temporary_files(root)} if cfg.what in ('all','temporary') else {}
     gone = {f for half in halves for f in remove_halves(half.with_name(half.name[1:].split(HALF)[0]))} if cfg.yes else halves
