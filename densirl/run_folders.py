@@ -23,6 +23,7 @@ def runs_of(
 )->Path: # A folder beside it
     "Where unfinished runs and earlier results of an output are"
     out = Path(out).resolve()
+    if not out.name: raise ValueError(f'An output is {out}, which holds everything; give a folder below the root.')
     return out.with_name(f'.{out.name}.runs')
 
 def run_name(

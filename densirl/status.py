@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Found', 'size_of', 'manifests_below', 'is_aside', 'find_results', 'bytes_text', 'about_run', 'StatusConfig',
-           'show_status', 'CleanConfig', 'output_of', 'is_worked_on', 'temporary_files', 'clean']
+           'show_status', 'CleanConfig', 'output_of', 'foreign_file', 'is_worked_on', 'temporary_files', 'clean']
 
 # %% ../nbs/core/88_status.ipynb #cell-3
 import fcntl, os, re, shutil
@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 from .config import StageConfig, where
 from .files import HALF, remove_halves
 from .run_folders import alone
-from .runs import checkpoint_home, read_manifest
+from .runs import CLEARED, UNHASHED, checkpoint_home, read_manifest
 
 # %% ../nbs/core/88_status.ipynb #cell-6
 @dataclass(frozen=True)
@@ -114,6 +114,13 @@ def output_of(
     "The output that a run belongs to"
     return run.parent.with_name(run.parent.name[1:].removesuffix('.runs'))
 
+def foreign_file(
+    run:Found, # A kept run
+)->Path|None: # None where there is none
+    "A file in the folder of a kept run that the run has not written"
+    names = (f.relative_to(run.path) for f in sorted(run.path.rglob('*')) if not f.is_dir())
+    return next((run.path/n for n in names if n.as_posix() not in run.manifest['outputs'] and n.name not in UNHASHED and n.parts[0] not in CLEARED and HALF not in n.name), None)
+
 def is_worked_on(
     run:Path, # Own folder of a run
 )->bool: # Whether a process holds the lock of its output
@@ -143,6 +150,9 @@ def clean(
     for run in find_results(root):
         if run.state=='in place' or cfg.what not in ('all', run.state) or not is_aside(run.path) or is_worked_on(run.path): continue
         if (run.path.parent/'placing.json').exists(): continue # its command finishes the move
+        if run.state=='kept' and (file := foreign_file(run)):
+            print(f'left alone {os.path.relpath(run.path, root)}: the run has not written {file.relative_to(run.path)}; move it away first')
+            continue
         if cfg.yes:
             with alone(output_of(run.path)): shutil.rmtree(run.path)
         print(f'{verb} {about_run(run, root, hint=not cfg.yes)}')

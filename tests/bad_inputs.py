@@ -65,7 +65,7 @@ def mine(root):
 def paths():
     "Outputs that are, hold or lie in what must stay"
     for stage, flag in OUTPUT.items():
-        for place in ('.', '..', 'outs', 'mine', '.cache', '.cache/data', '.cache/data/pairs_all.jsonl', 'mine/pairs.jsonl', 'mine/pairs.jsonl/below', 'outs/sft' if stage != 'sft' else 'outs/rm', 'x.jsonl', 'a\0b', 'x'*300):
+        for place in ('.', '..', '/', 'outs', 'mine', '.cache', '.cache/data', '.cache/data/pairs_all.jsonl', 'mine/pairs.jsonl', 'mine/pairs.jsonl/below', 'outs/sft' if stage != 'sft' else 'outs/rm', 'x.jsonl', 'a\0b', 'x'*300):
             yield Case(f'path {stage} {flag} {place[:30]!r}', [stage, f'--{flag}={place}', '--seed=5'], mine)
         if stage not in ('grpo', 'rm'): yield Case(f'path {stage} {flag} empty', [stage, f'--{flag}=', '--seed=5'], mine)
         yield Case(f'path {stage} a folder as lock', [stage, f'--{flag}=new', '--seed=5'], lambda root: (mine(root), (root/'.new.lock').mkdir()))
