@@ -10,7 +10,7 @@ __all__ = ['Switch', 'FILE_ENDINGS', 'where', 'within', 'is_within', 'StageConfi
 # %% ../nbs/core/02_config.ipynb #cell-3
 import difflib, hashlib, json, os, re, shlex, sys
 from importlib import import_module
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 from fastcore.docments import docments

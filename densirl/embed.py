@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 from .dist import thread_a_core
 from .files import atomic, file_hash, text_hash
+from .folders import is_whole
 from .models import compute_dtype, quiet_transformers
 
 # %% ../nbs/core/22_embed.ipynb #cell-6
@@ -204,13 +205,9 @@ def held_vectors(
     made:dict, # What they were made from
 )->np.ndarray|None: # None where there are none, or a file that was cut
     "Vectors that were embedded before"
-    from safetensors import SafetensorError, safe_open
-    if not path.exists(): return None
-    try:
-        with safe_open(path, 'numpy') as file: held,rows = file.metadata() or {},file.get_tensor('rows')
-    except SafetensorError as error:
-        print(f'{path.name} is cut or is no file of vectors ({error}); they are embedded again', flush=True)
-        return None
+    from safetensors import safe_open
+    if not is_whole(path, 'rows'): return None
+    with safe_open(path, 'numpy') as file: held,rows = file.metadata() or {},file.get_tensor('rows')
     if held!=made: raise ValueError(f'{path} holds vectors of other texts or of embedder {held.get("embedder", "unknown")}, not {made["embedder"]}; remove it.')
     return rows
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'WEIGHTS', 'TOKENIZERS', 'WHOLE', 'ADAPTER', 'refuse_missing', 'read_settings', 'check_tensors',
-           'check_weights', 'check_folder', 'has_tokenizer', 'is_adapter', 'adapter_base', 'check_adapter',
+           'is_whole', 'check_weights', 'check_folder', 'has_tokenizer', 'is_adapter', 'adapter_base', 'check_adapter',
            'tokenizer_folder', 'loading']
 
 # %% ../nbs/core/22_folders.ipynb #cell-3
@@ -54,6 +54,19 @@ def check_tensors(
     try:
         with safe_open(path, 'pt') as file: return list(file.keys())
     except SafetensorError as error: raise ValueError(f'{path} breaks off or is damaged ({error}); copy it again.') from error
+
+def is_whole(
+    path:Path, # A .safetensors file in a cache
+    name:str, # A tensor that it holds
+)->bool: # False where there is no such file, or one that breaks off; what it held is to be made again
+    "Can a cached tensor be read?"
+    from safetensors import SafetensorError, safe_open
+    if not Path(path).exists(): return False
+    try:
+        with safe_open(path, 'pt') as file: return name in file.keys()
+    except SafetensorError as error:
+        print(f'{Path(path).name} is cut or damaged ({error}); what it held is made again', flush=True)
+        return False
 
 def check_weights(
     folder:Path, # Model folder

@@ -8,7 +8,7 @@ __all__ = ['GROUPS_ALONE', 'SMALLER', 'SHOWN', 'GrpoConfig', 'check_settings', '
 
 # %% ../nbs/03_grpo.ipynb #cell-6
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 import numpy as np
@@ -98,9 +98,8 @@ def first_policy(
     cfg:GrpoConfig, # Settings
     device:str, # Where to compute
 )->tuple: # Where it came from; the policy as it starts, fp32
-    "Load the policy, if it can read what it will be given and we can read it; refuse a folder of a reward model that is none"
+    "Load the policy, if it can read what it will be given and we can read it"
     folder = start_path(cfg.sft_ckpt_path, cfg.path(cfg.sft_ckpt_path), 'sft')
-    if 'rm' in source_weights(cfg.rewards): start_path(cfg.rm_ckpt_path, cfg.path(cfg.rm_ckpt_path), 'rm')
     policy = load_policy(folder, device=device)
     check_model(policy, cfg.path('.cache'))
     room,wanted = getattr(policy.config, 'max_position_embeddings', float('inf')),cfg.max_prompt_tokens+cfg.max_new_tokens

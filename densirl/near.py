@@ -11,7 +11,7 @@ import tempfile
 import numpy as np
 from datasketch import MinHash
 from scipy.sparse import csr_matrix
-from .text import FOLDS, bare, group_folds, normalise
+from .text import FOLDS, bare, normalise
 
 # %% ../nbs/core/28_near.ipynb #cell-6
 WIDTH = 5

@@ -8,7 +8,7 @@ __all__ = ['STAGES', 'SHOWN', 'make_inputs', 'Step', 'RunConfig', 'plan', 'expec
            'finish', 'side_by_side_jobs', 'run_all', 'main']
 
 # %% ../nbs/core/91_pipeline.ipynb #cell-3
-import os, re, signal, subprocess, sys, time
+import re, signal, subprocess, sys, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal

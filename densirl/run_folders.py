@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STOPPING', 'LOGS', 'runs_of', 'run_name', 'file_names', 'parts_of', 'refuse_place', 'unknown_files', 'refuse_unknown',
-           'alone', 'move_file', 'finish_placing', 'settled', 'place', 'drop_worthless', 'Run', 'output_names',
-           'check_places', 'last_step', 'own_folder', 'newest_log', 'take_back', 'is_done', 'is_made', 'open_run']
+           'lock_of', 'alone', 'move_file', 'finish_placing', 'settled', 'place', 'drop_worthless', 'Run',
+           'output_names', 'check_places', 'last_step', 'own_folder', 'newest_log', 'take_back', 'is_done', 'is_made',
+           'open_run']
 
 # %% ../nbs/core/10_run_folders.ipynb #cell-3
 import errno, fcntl, json, os, shutil, time
@@ -13,8 +14,8 @@ from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 from .config import StageConfig, command_line
-from .files import HALF, half_made, need, raise_if_full, read_json, remove_halves, text_hash, write_json
-from .runs import (CLEARED, UNHASHED, checkpoint_home, content_hashes, environment, has_key, is_file_name, is_model, is_unchanged,
+from .files import half_made, need, raise_if_full, read_json, remove_halves, text_hash, write_json
+from .runs import (checkpoint_home, content_hashes, environment, has_key, is_counted, is_file_name, is_model, is_unchanged,
     manifest_path, read_log, read_manifest, registered, run_key, up_to_date)
 
 # %% ../nbs/core/10_run_folders.ipynb #cell-6
@@ -70,7 +71,7 @@ def unknown_files(
     "Files at the outputs that no complete run of this stage has written"
     manifest = read_manifest(outputs[0])
     known = manifest['outputs'] if manifest.get('stage')==stage and manifest['status']=='complete' else {}
-    def is_known(name): return known and (name.as_posix() in known or name.name in UNHASHED or name.parts[0] in CLEARED or any(HALF in part for part in name.parts))
+    def is_known(name): return known and (name.as_posix() in known or not is_counted(name))
     for out in map(Path, outputs):
         inside = sorted(f for f in out.rglob('*') if not f.is_dir()) if out.is_dir() and not is_file_name(outputs[0]) else []
         yield from (f for f in inside if not is_known(f.relative_to(out)))
@@ -89,6 +90,13 @@ def refuse_unknown(
 # %% ../nbs/core/10_run_folders.ipynb #cell-12
 STOPPING = b'stopping'
 
+def lock_of(
+    out:Path, # Run folder, or file
+)->Path: # A file beside it
+    "The file that a process locks while it works on an output"
+    out = Path(out).resolve()
+    return out.with_name(f'.{out.name}.lock')
+
 @contextmanager
 def alone(
     out:Path, # Run folder, or file
@@ -96,8 +104,7 @@ def alone(
     wait:bool=False, # Whether to wait for any other process
 ): # A function that says that this process is stopping
     "Hold the lock of an output"
-    lock,told = Path(out).resolve(),False
-    lock = lock.with_name(f'.{lock.name}.lock')
+    lock,told = lock_of(out),False
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try: file = open(lock, 'a+b', buffering=0)
@@ -274,13 +281,13 @@ def newest_log(
 
 def take_back(
     cfg:StageConfig, # Settings of a run
+    key:dict, # From `run_key`
 )->bool: # Whether the result is in place now
     "Put an earlier result of the same settings, inputs and code in place again"
     outputs = check_places(cfg)
     home = runs_of(outputs[0])
-    if cfg.force or not home.exists(): return False
+    if not home.exists(): return False
     with settled(outputs, cfg.stage):
-        key = run_key(cfg)
         for run in sorted(home.glob(f'{run_name(key)}*/')):
             known = read_manifest(run)
             if has_key(known, key) and is_unchanged(known, Run(run, files=file_names(outputs)).outputs):
@@ -294,13 +301,17 @@ def is_done(
     ranks:int=0, # As in `run_key`
 )->bool: # False while the stage has begun again and can be resumed
     "Is the result of these settings, inputs and code in place?"
-    return up_to_date(cfg, ranks) and last_step(own_folder(cfg, run_key(cfg, ranks)))<0
+    if cfg.force: return False
+    key = run_key(cfg, ranks)
+    return up_to_date(cfg, key) and last_step(own_folder(cfg, key))<0
 
 def is_made(
     cfg:StageConfig, # Settings of a run
 )->bool: # Whether its result is in place
     "Is there nothing to do, perhaps after an earlier result was taken back?"
-    return is_done(cfg) or (not cfg.force and last_step(own_folder(cfg, run_key(cfg)))<0 and take_back(cfg))
+    if cfg.force: return False
+    key = run_key(cfg)
+    return last_step(own_folder(cfg, key))<0 and (up_to_date(cfg, key) or take_back(cfg, key))
 
 # %% ../nbs/core/10_run_folders.ipynb #cell-20
 @contextmanager

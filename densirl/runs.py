@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGE_DATA', 'UNHASHED', 'CLEARED', 'FIELDS', 'ALWAYS_OURS', 'WHEN_COMPLETE', 'module_imports', 'code_hash',
-           'is_file_name', 'manifest_path', 'content_hashes', 'read_manifest', 'is_model', 'input_hash', 'run_key',
-           'has_key', 'is_unchanged', 'up_to_date', 'checkpoint_home', 'environment', 'git', 'registered',
+           'is_file_name', 'manifest_path', 'is_counted', 'content_hashes', 'read_manifest', 'is_model', 'input_hash',
+           'run_key', 'has_key', 'is_unchanged', 'up_to_date', 'checkpoint_home', 'environment', 'git', 'registered',
            'is_committed', 'read_log']
 
 # %% ../nbs/core/10_runs.ipynb #cell-3
@@ -56,13 +56,18 @@ def manifest_path(
 UNHASHED = ('manifest.json','metrics.jsonl') # Hold the time of day
 CLEARED = ('tb','checkpoint','snapshots') # Folders that may be cleared away
 
+def is_counted(
+    name:Path, # File of a run, below its folder
+)->bool: # False for `UNHASHED`, `CLEARED` and what is being written
+    "Does a file belong to what identifies a run?"
+    return name.name not in UNHASHED and name.parts[0] not in CLEARED and not any(HALF in part for part in name.parts)
+
 def content_hashes(
     outputs:list, # Files and folders a stage wrote
 )->dict: # Name, with its folders below the run, → hash
     "Hashes of a run's files, without `UNHASHED`, `CLEARED` and what is being written"
     listed = {(f.relative_to(p) if p.is_dir() else Path(f.name)):f for p in map(Path, outputs) for f in (sorted(p.rglob('*')) if p.is_dir() else [p])}
-    return {n.as_posix():file_hash(f) for n,f in listed.items()
-            if f.is_file() and n.name not in UNHASHED and n.parts[0] not in CLEARED and not any(HALF in part for part in n.parts)}
+    return {n.as_posix():file_hash(f) for n,f in listed.items() if f.is_file() and is_counted(n)}
 
 # %% ../nbs/core/10_runs.ipynb #cell-12
 FIELDS = dict(stage=str, status=str) # Of every manifest
@@ -130,12 +135,12 @@ def is_unchanged(
 
 def up_to_date(
     cfg:StageConfig, # Settings of a run
-    ranks:int=0, # As in `run_key`
+    key:dict, # From `run_key`
 )->bool: # Whether it is complete, unchanged, and made by the same settings, code and inputs
-    "May this stage be skipped?"
+    "Does the result at a stage's outputs have this key?"
     outputs = [cfg.path(p) for p in cfg.outputs()]
     manifest = read_manifest(outputs[0])
-    return not cfg.force and has_key(manifest, run_key(cfg, ranks)) and is_unchanged(manifest, outputs)
+    return has_key(manifest, key) and is_unchanged(manifest, outputs)
 
 # %% ../nbs/core/10_runs.ipynb #cell-18
 def checkpoint_home(

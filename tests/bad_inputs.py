@@ -12,13 +12,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Callable
 
-os.environ.update(HF_HUB_OFFLINE='1', DENSIRL_BEGUN='1', TOKENIZERS_PARALLELISM='false')
+if __name__ == '__main__': os.environ.update(HF_HUB_OFFLINE='1', DENSIRL_BEGUN='1', TOKENIZERS_PARALLELISM='false')
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT/'tests')]
+from conftest import finished
 from densirl import cli
-from densirl.config import make_config
-from densirl.pipeline import STAGES, make_inputs
-from densirl.report import ReportConfig, make_report
+from densirl.pipeline import STAGES
 
 @dataclass(frozen=True)
 class Case:
@@ -181,13 +180,6 @@ def cases():
 
 
 # -- what comes of them
-
-def finished(root):
-    "Run every stage with the two-layer model"
-    cfg = make_config(ReportConfig, 'test', root=str(root))
-    make_inputs(cfg)
-    make_report(cfg)
-    return Path(root)
 
 UNCOMPARED = ("manifest.json", "metrics.jsonl", "placing.json")   # hold the time of day
 

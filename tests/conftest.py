@@ -17,17 +17,20 @@ def densirl(*words, ok=True, ranks=1, timeout=300):
     assert (done.returncode == 0) == ok, done.stdout[-3000:]
     return done.stdout
 
-@pytest.fixture(scope='session')
-def tiny_run(tmp_path_factory):
-    "Root folder in which every stage of profile `test` has run"
+def finished(root):
+    "Run every stage of profile `test` in a root folder"
     from densirl.config import make_config
     from densirl.pipeline import make_inputs
     from densirl.report import ReportConfig, make_report
-    root = tmp_path_factory.mktemp('tiny')
     cfg = make_config(ReportConfig, 'test', root=str(root))
     make_inputs(cfg)
     make_report(cfg)
-    return root
+    return Path(root)
+
+@pytest.fixture(scope='session')
+def tiny_run(tmp_path_factory):
+    "Root folder in which every stage of profile `test` has run"
+    return finished(tmp_path_factory.mktemp('tiny'))
 
 @pytest.fixture(scope='session')
 def shared():
