@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Literal
-from .config import StageConfig, where, within
+from .config import StageConfig, beside, where, within
 from .corpus import make_corpus
 from .files import atomic, check_fields, json_line, need, parse_line, read_jsonl, remedy, text_hash, write_json, write_jsonl
 from .launch import cpu_cores
@@ -59,7 +59,7 @@ class DataConfig(StageConfig):
     pairs_path:str = where('.cache/data/pairs_all.jsonl') # Where the pairs go; .gz and .zst compress
 
     def inputs(self): return {f'source_{k}':p for k,p in self.paths().items() if p}
-    def outputs(self): return [self.pairs_path, str(Path(self.pairs_path).parent/'bad_rows.jsonl')]
+    def outputs(self): return [self.pairs_path, *beside(self.pairs_path, 'pairs_all', ('bad_rows.jsonl',))]
     def check(self)->None:
         super().check()
         self.paths()
@@ -144,11 +144,13 @@ def make_outcomes(
             files = local_files(need(cfg.path(path), 'source'), cfg.split, sites if name=='se' else (), HUB.get(name, ('','train'))[1]) if path else []
             drawn = local_units(files, name, getattr(cfg, f'max_{name}', 0), cfg.seed, every, bad)
             found = chain.from_iterable(spread(outcomes, drawn, name, every, columns, processes=cpu_cores()))
-        kinds = Counter()
+        kinds,known = Counter(),len(bad.found)
         for what in found:
             kinds[what[2] if what[0]=='dropped' else what[0]] += 1
             yield what
-        if not kinds['pair']: raise ValueError(f'No pair was left from {path or name}: {({k:n for k,n in kinds.items() if k!="read"}) or "it holds no rows"}.')
+        if not kinds['pair']:
+            counts = ', '.join(f'{n} {k}' for k,n in kinds.items() if k!='read') or 'it holds no rows'
+            raise ValueError(f'No pair was left from {path or name}: {counts}'+''.join(f'; the first bad row is {b["place"]}: {b["reason"]}' for b in bad.found[known:known+1])+'.')
 
 def parts_folder(
     cfg:DataConfig, # Settings
@@ -194,9 +196,7 @@ class PromptsConfig(StageConfig):
     prompts_path:str = where('.cache/data/prompts_all.jsonl') # Where the prompts go
 
     def inputs(self): return dict(pairs=self.pairs_path)
-    def outputs(self):
-        folder = Path(self.prompts_path).parent
-        return [self.prompts_path, *(str(folder/n) for n in ('prompt_id_map.tsv','stats.txt','stats.json','near_groups.jsonl'))]
+    def outputs(self): return [self.prompts_path, *beside(self.prompts_path, 'prompts_all', ('prompt_id_map.tsv','stats.txt','stats.json','near_groups.jsonl'))]
 
 # %% ../nbs/00_data.ipynb #cell-38
 def prompt_lines(

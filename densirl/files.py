@@ -265,7 +265,8 @@ def sentence(
 )->str: # For a person
     "What an error says, with the file that an error of the operating system is about"
     if not (isinstance(error, OSError) and error.strerror and error.filename): return str(error)
-    return f'{error.filename}: {error.strerror[0].lower()+error.strerror[1:]}; check its permissions and the disk, or give another path.'
+    in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+    return f'{error.filename}: '+('a file lies where a folder has to be; give another path.' if in_the_way else f'{error.strerror[0].lower()+error.strerror[1:]}; check its permissions and the disk, or give another path.')
 
 # %% ../nbs/core/01_files.ipynb #cell-37
 @lru_cache(maxsize=1024)

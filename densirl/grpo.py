@@ -202,8 +202,7 @@ def leave(
 )->None:
     "End a run that was asked to stop, so that the same command goes on with it"
     progress.close()
-    start = 'densirl' if ranks.world==1 else f'torchrun --standalone --nproc_per_node={ranks.world} -m densirl.cli'
-    if ranks.main: print(f'stopped after step {step}; resume with: {command_line(cfg, start)}', flush=True)
+    if ranks.main: print(f'stopped after step {step}; resume with: {command_line(cfg, ranks.world)}', flush=True)
     sys.exit(0)
 
 # %% ../nbs/03_grpo.ipynb #cell-25

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGE_DATA', 'UNHASHED', 'CLEARED', 'FIELDS', 'ALWAYS_OURS', 'WHEN_COMPLETE', 'module_imports', 'code_hash',
-           'is_file_name', 'manifest_path', 'is_counted', 'content_hashes', 'read_manifest', 'is_model', 'input_hash',
-           'run_key', 'has_key', 'is_unchanged', 'up_to_date', 'checkpoint_home', 'environment', 'git', 'registered',
-           'is_committed', 'read_log']
+           'is_file_name', 'manifest_path', 'is_counted', 'content_hashes', 'read_manifest', 'is_model', 'outputs_hash',
+           'input_hash', 'run_key', 'hash_now', 'changed_inputs', 'has_key', 'is_unchanged', 'up_to_date',
+           'checkpoint_home', 'environment', 'git', 'registered', 'is_committed', 'read_log']
 
 # %% ../nbs/core/10_runs.ipynb #cell-3
 import ast, importlib.metadata, json, os, platform, subprocess
@@ -92,6 +92,14 @@ def is_model(
     "Is this a model that was brought here?"
     return (path/'config.json').exists() and not manifest_path(path).exists()
 
+def outputs_hash(
+    manifest:dict, # Of a complete run
+    path:Path, # Its folder, or one of its files
+)->str: # As `input_hash` has it; empty where the run has not written there
+    "What an input's hash is by the manifest alone, without reading the files"
+    known = {k:v for k,v in manifest.get('outputs', {}).items() if not is_file_name(path) or k==Path(path).name}
+    return text_hash(json.dumps(known, sort_keys=True)) if known else ''
+
 def input_hash(
     path:Path, # File or run folder that a stage is to read
     kind:str, # What it is: a key of `densirl.files.WHAT`
@@ -105,7 +113,7 @@ def input_hash(
     known = {k:v for k,v in manifest.get('outputs', {}).items() if path.is_dir() or k==path.name}
     moved = [name for name,value in known.items() if hashes.get(name)!=value]
     if moved: raise RuntimeError(f'{moved[0]} in {path} has changed since its run; {remedy(kind, "--force")}.')
-    return text_hash(json.dumps({k:v for k,v in hashes.items() if k in known} if known else hashes, sort_keys=True))
+    return outputs_hash(manifest, path) or text_hash(json.dumps(hashes, sort_keys=True))
 
 # %% ../nbs/core/10_runs.ipynb #cell-16
 def run_key(
@@ -117,6 +125,22 @@ def run_key(
     kinds = {name:(name.split('_')[0], path) for name,path in cfg.inputs().items()}
     inputs = {name:path if kind=='hub' else input_hash(cfg.path(path), kind) for name,(kind,path) in kinds.items()}
     return dict(stage=cfg.stage, digest=digest(cfg), config=science(cfg), inputs=inputs, code=code_hash(cfg.module), ranks=ranks)
+
+def hash_now(
+    path:Path, # What a run has read
+    kind:str, # As in `input_hash`
+)->str: # Empty where nothing is there that can be read
+    "An input's hash as it is now, by its manifest where it has one"
+    try: return outputs_hash(read_manifest(path), path) or input_hash(path, kind)
+    except (OSError, RuntimeError, ValueError): return ''
+
+def changed_inputs(
+    manifest:dict, # Of a run
+    folder:Path, # Where its output lies
+)->dict: # Path → the hash that it had; empty also for manifests that do not say what was read
+    "Inputs of a run in whose place something else is now"
+    read = {(Path(folder)/path).resolve():(manifest['inputs'][name], name.split('_')[0]) for name,path in manifest.get('reads', {}).items()}
+    return {path:had for path,(had,kind) in read.items() if hash_now(path, kind)!=had}
 
 def has_key(
     manifest:dict, # From `read_manifest`

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPEAKER', 'ROLES', 'TOOL_ROLES', 'SHAPE', 'MEDIA', 'read_transcript', 'read_prompt', 'NoPair', 'readable',
-           'pair_of_chats', 'text_of', 'list_of', 'message_of', 'messages_of', 'rest_of', 'with_system', 'from_hh',
-           'answer_turns', 'prompt_turns', 'from_row', 'scored_answers', 'markdown', 'from_answers', 'pairs_by_shape',
-           'finish_pair']
+           'pair_of_chats', 'NoField', 'field_of', 'text_of', 'list_of', 'message_of', 'messages_of', 'rest_of',
+           'with_system', 'from_hh', 'answer_turns', 'prompt_turns', 'from_row', 'scored_answers', 'markdown',
+           'from_answers', 'pairs_by_shape', 'finish_pair']
 
 # %% ../nbs/core/26_shapes.ipynb #cell-3
 import re
@@ -58,13 +58,29 @@ def pair_of_chats(
     return dict(pair, messages=chosen[:-1]) if len(chosen)>2 else pair
 
 # %% ../nbs/core/26_shapes.ipynb #cell-15
+class NoField(ValueError):
+    "A row lacks a field"
+    def __init__(self,
+        row:dict, # A row, or a message
+        key:str, # The field
+    ):
+        super().__init__(f'no field {key!r}, only {", ".join(map(repr, sorted(row)))}')
+        self.key = key
+
+def field_of(
+    row:dict, # A row, or a message
+    key:str, # Its field
+): # What it holds
+    "A field that must be there"
+    if key not in row: raise NoField(row, key)
+    return row[key]
+
 def text_of(
     row:dict, # A row, or a message
     key:str, # Its field
 )->str: # The text in it
     "A field that must be a text"
-    if key not in row: raise ValueError(f'no field {key!r}, only {", ".join(map(repr, sorted(row)))}')
-    if not isinstance(row[key], str): raise ValueError(f'{key!r} is not a text but {type(row[key]).__name__}')
+    if not isinstance(field_of(row, key), str): raise ValueError(f'{key!r} is not a text but {type(row[key]).__name__}')
     return row[key]
 
 def list_of(
@@ -73,8 +89,7 @@ def list_of(
 )->list: # The dicts in it
     "A field that must be a list of objects"
     if not isinstance(row, dict): raise ValueError(f'not an object but {type(row).__name__}')
-    if key not in row: raise ValueError(f'no field {key!r}, only {", ".join(map(repr, sorted(row)))}')
-    if not isinstance(row[key], list) or not all(isinstance(m, dict) for m in row[key]):
+    if not isinstance(field_of(row, key), list) or not all(isinstance(m, dict) for m in row[key]):
         raise ValueError(f'{key!r} is not a list of objects but {type(row[key]).__name__}')
     return row[key]
 

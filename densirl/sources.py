@@ -16,7 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 import numpy as np
 from .files import BROKEN, json_line, open_bytes, parse_line, read_jsonl, read_lines, refuse_broken, write_jsonl
-from .shapes import NoPair, finish_pair, from_answers, from_hh, from_row, pairs_by_shape, scored_answers
+from .shapes import NoField, NoPair, field_of, finish_pair, from_answers, from_hh, from_row, pairs_by_shape, scored_answers
 from .text import mended, prompt_id
 
 # %% ../nbs/core/27_sources.ipynb #cell-6
@@ -281,9 +281,10 @@ def read_columns(
     text:str, # Such as 'prompt=instruction,chosen=good,rejected=bad'
 )->dict: # Our name → name in the file
     "Which columns of a file hold what"
-    pairs = [tuple(side.strip() for side in part.partition('=')[::2]) for part in text.split(',') if part.strip()]
-    if odd := [p for p in pairs if p[0] not in COLUMNS or not p[1]]:
-        raise ValueError(f'columns has {"=".join(odd[0])!r}; give pairs such as prompt=instruction,chosen=good,rejected=bad, with {", ".join(COLUMNS)} on the left.')
+    parts = [part for part in text.split(',') if part.strip()]
+    pairs = [tuple(side.strip() for side in part.partition('=')[::2]) for part in parts]
+    if odd := [part.strip() for part,(ours,theirs) in zip(parts, pairs) if ours not in COLUMNS or not theirs]:
+        raise ValueError(f'columns has {odd[0]!r}; give pairs such as prompt=instruction,chosen=good,rejected=bad, with {", ".join(COLUMNS)} on the left.')
     if len(dict(pairs))<len(pairs): raise ValueError(f'columns is {text!r}; give each name on the left once.')
     return dict(pairs)
 
@@ -292,8 +293,7 @@ def renamed(
     columns:dict, # Our name → name in the file, from `read_columns`
 )->dict: # The row with our names
     "Give the fields of a row our names"
-    if missing := [theirs for theirs in columns.values() if theirs not in row]: raise ValueError(f'no field {missing[0]!r}, only {", ".join(map(repr, sorted(row)))}')
-    return {k:v for k,v in row.items() if k not in (*columns, *columns.values())}|{ours:row[theirs] for ours,theirs in columns.items()}
+    return {k:v for k,v in row.items() if k not in (*columns, *columns.values())}|{ours:field_of(row, theirs) for ours,theirs in columns.items()}
 
 def row_of(
     unit, # A row, its line, or the error of a row that cannot be read
@@ -315,7 +315,11 @@ def unit_pair(
     if isinstance(unit, str): return [unit]
     if name=='se': return [from_answers(*unit)]
     row = row_of(unit)
-    if name=='jsonl': return pairs_by_shape(renamed(row, columns), every)
+    if name=='jsonl':
+        try: return pairs_by_shape(renamed(row, columns), every)
+        except NoField as error:
+            if columns or error.key not in COLUMNS: raise
+            raise ValueError(f'{error}; say with --columns which field holds what, such as --columns prompt=instruction,chosen=good,rejected=bad') from error
     try: return [from_hh(row) if name=='hh' else from_row(row)]
     except NoPair as reason: return [str(reason)]
 

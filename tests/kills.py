@@ -67,11 +67,13 @@ def finish(words):
 def try_stage(stage, kills, how, chance, folder):
     "How many of the kills of a stage ended in the same bytes, and what went wrong"
     base = Path(folder)/f'{stage}_base'
+    base.mkdir()
     make_inputs(make_config(STAGES[stage][0], 'test', root=str(base)))
     words = lambda root: ['-m', 'densirl.cli', stage, '--profile=test', f'--root={root}', *GIVEN.get(stage, [])]
     whole = shutil.copytree(base, Path(folder)/f'{stage}_whole')
     seconds = finish(words(whole))
     expected = content_hashes([whole/o for o in OUTPUTS[stage]])
+    assert expected, f'{stage} wrote none of {OUTPUTS[stage]}'
     same, wrong = 0, []
     for i in range(kills):
         root = shutil.copytree(base, Path(folder)/f'{stage}_{i}')

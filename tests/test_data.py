@@ -586,3 +586,17 @@ def test_a_crowd_that_chains_is_split(tmp_path):
     pairs = near_pairs(chain)
     sizes = Counter(near_groups([prompt_id(t) for t in chain], chain, pairs))
     assert len(near_pairs(chain)[0]) >= 190 and max(sizes.values()) <= 8 and sizes.total() == 200
+
+def test_two_files_of_pairs_in_one_folder(tmp_path):
+    "Each has its own list of bad rows, its own prompts and their figures"
+    for name, n in (('a', 20), ('b', 30)):
+        make_data(make_config(DataConfig, 'test', root=str(tmp_path), demo_pairs=n, pairs_path=f'd/{name}.jsonl'))
+        make_prompts(make_config(PromptsConfig, 'test', root=str(tmp_path), pairs_path=f'd/{name}.jsonl', prompts_path=f'd/prompts.{name}.jsonl'))
+    assert [json.loads((tmp_path/f'd/prompts.{n}.stats.json').read_text())['pairs'] for n in 'ab'] == [20, 30]
+
+def test_a_table_with_other_names_is_told_how_to_name_them(tmp_path):
+    (tmp_path/'t.csv').write_text('Question Text,good,bad\nwhy?,so,not so\n')
+    for given in ({}, dict(max_bad='50%')):
+        with pytest.raises(ValueError, match="line 2: no field .*, only 'Question Text', 'bad', 'good'; say with --columns"): read(tmp_path/'x', jsonl_path=str(tmp_path/'t.csv'), **given)
+    with pytest.raises(ValueError, match="columns has 'Question Text'; give pairs"): read(tmp_path/'x', jsonl_path=str(tmp_path/'t.csv'), columns='Question Text')
+    assert read(tmp_path/'x', jsonl_path=str(tmp_path/'t.csv'), columns='prompt=Question Text,chosen=good,rejected=bad')[0][0]['prompt'] == 'why?'

@@ -35,6 +35,15 @@ class Table(StageConfig):
     density_path: str = where('data/density.a.parquet')
     def outputs(self): return [self.density_path, self.density_path.replace('parquet', 'npy')]
 
+@dataclass(frozen=True)
+class Reader(StageConfig):
+    "Read what Toy has made"
+    stage: ClassVar[str] = 'report'
+    module: ClassVar[str] = 'runs'
+    out_path: str = where('outs/reader')
+    def inputs(self): return dict(eval='outs/toy')
+    def outputs(self): return [self.out_path]
+
 class Killed(BaseException): pass
 
 def run_toy(root, stop_after=99, fail=None, **given):
@@ -165,6 +174,63 @@ def test_status_and_clean(tmp_path, capsys):
         assert len(find_results(tmp_path)) == 3, 'a process is at work'
     clean(make_config(CleanConfig, root=str(tmp_path), yes=True))
     assert [r.state for r in find_results(tmp_path)] == ['in place'] and made(tmp_path) == '6.0' and not (tmp_path/'outs/.x.json.half-0a1b').exists()
+
+def run_reader(root, **given):
+    cfg = make_config(Reader, root=str(root), **given)
+    if not is_made(cfg):
+        with open_run(cfg) as run: (run.folder/'n.txt').write_text(made(root))
+
+def said_of(root, capsys):
+    capsys.readouterr()
+    show_status(make_config(StatusConfig, root=str(root)))
+    return capsys.readouterr().out.replace(str(root), 'ROOT')
+
+def test_status_says_what_was_made_from_something_else_and_what_comes_back_first(tmp_path, capsys):
+    "A kept run comes back by its command only where what it read is there again"
+    run_toy(tmp_path)
+    run_reader(tmp_path)
+    run_toy(tmp_path, learning_rate=2)
+    assert 'outs/reader  report  in place' in (said := said_of(tmp_path, capsys)) and said.count('made from another outs/toy than is there now') == 1
+    run_reader(tmp_path)
+    old = next(runs_of(tmp_path/'outs/toy').glob('*/')).name
+    said = said_of(tmp_path, capsys)
+    assert f'made from another outs/toy than is there now\n    first take back outs/.toy.runs/{old}\n    take back with: densirl report' in said
+    shutil.rmtree(runs_of(tmp_path/'outs/toy'))
+    assert 'made anew, from what is there now, by: densirl report' in said_of(tmp_path, capsys)
+    run_reader(tmp_path)
+    assert capsys.readouterr().out == 'outs/reader is up to date\n'
+
+def test_a_run_says_that_its_input_was_made_from_something_else(tmp_path, capsys):
+    @dataclass(frozen=True)
+    class Last(Reader):
+        stage: ClassVar[str] = 'compare'
+        def inputs(self): return dict(eval='outs/reader')
+    run_toy(tmp_path)
+    run_reader(tmp_path)
+    with open_run(make_config(Last, root=str(tmp_path), out_path='outs/a')): pass
+    assert 'made from' not in capsys.readouterr().out
+    run_toy(tmp_path, learning_rate=2)
+    with open_run(make_config(Last, root=str(tmp_path), out_path='outs/b')): pass
+    assert 'outs/reader was made from another outs/toy than is there now' in capsys.readouterr().out
+
+def test_commands_of_status_name_the_root_and_a_root_that_is_none_is_a_sentence(tmp_path, capsys):
+    run_toy(tmp_path)
+    assert 'clean' not in said_of(tmp_path, capsys), 'there is nothing to remove'
+    run_toy(tmp_path, learning_rate=2)
+    assert '`densirl clean --root ROOT --yes`' in said_of(tmp_path, capsys)
+    clean(make_config(CleanConfig, root=str(tmp_path), yes=True))
+    capsys.readouterr()
+    clean(make_config(CleanConfig, root=str(tmp_path), yes=True))
+    assert capsys.readouterr().out == 'nothing to remove\n' and not runs_of(tmp_path/'outs/toy').exists()
+    for config in (StatusConfig, CleanConfig):
+        with pytest.raises(ValueError, match='nowhere is no folder'): make_config(config, root=str(tmp_path/'nowhere'))
+
+@pytest.mark.parametrize('place, why', [('outs/toy/inner', 'inside the run of the stage eval'), ('outs', 'holds the run of the stage eval at .*outs/toy')])
+def test_a_run_neither_in_another_one_nor_around_it(tmp_path, place, why):
+    run_toy(tmp_path)
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(ValueError, match=why): run_toy(tmp_path, out_path=place)
+    assert sorted(tmp_path.rglob('*')) == before
 
 def test_a_process_that_is_stopping_is_waited_for(tmp_path, capsys):
     held = ('import time; from pathlib import Path; from densirl.run_folders import alone\n'
