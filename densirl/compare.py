@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BY_NUMBER', 'NOT_MEASURES', 'REGIONS', 'CompareConfig', 'differences', 'refuse', 'check_arms', 'why_exploratory',
-           'curve_of', 'whole_prompts', 'thirds_of', 'make_study', 'group_labels', 'gaps_by_group', 'mean_curves',
+           'curve_of', 'whole_prompts', 'density_of', 'make_study', 'group_labels', 'gaps_by_group', 'mean_curves',
            'with_embedders', 'comparison', 'make_compare']
 
 # %% ../nbs/core/75_compare.ipynb #cell-3
@@ -14,9 +14,8 @@ from typing import ClassVar
 import numpy as np
 from .config import StageConfig, where
 from .crossed import crossed_interval
-from .curves import Curve, Study, equal_weights, gap_table, last_gap
+from .curves import Curve, Study, equal_weights, gap_table, last_gap, parts_of
 from .files import file_hash, read_json, read_jsonl, write_json
-from .prompt_sets import density_parts
 from .run_folders import is_made, open_run
 from .runs import input_hash, is_committed
 from .verdict import Plan, decide, estimates, read_plan
@@ -90,7 +89,7 @@ def why_exploratory(
     wrong = [f'{k} {settings.get(k)} instead of {v}' for k,v in plan.protocol.items() if settings.get(k)!=v]
     seeds = len({run['seed'] for run in policies})
     if not plan.protocol: said.append('The plan says nothing of how policies are evaluated.')
-    if seeds>plan.seeds: said.append(f'The plan says {plan.seeds} seeds and {seeds} were compared.')
+    if seeds>len(plan.seeds): said.append(f'The plan names {len(plan.seeds)} seeds and {seeds} were compared.')
     return said+([f'The evaluation departs from the plan: {", ".join(wrong)}.'] if wrong else [])
 
 # %% ../nbs/core/75_compare.ipynb #cell-13
@@ -121,13 +120,11 @@ def whole_prompts(
         if all(m in r for m in needed): found.setdefault(r['prompt_id'], set()).add((r['policy'],r['step']))
     return sorted(name for name,have in found.items() if have==places)
 
-def thirds_of(
+def density_of(
     prompts:list, # Records with `log_density`, or without
-)->np.ndarray: # (prompts,) 0 rare, 1 middle, 2 crowded; empty where densities are not known
-    "The third of density that each prompt lies in"
-    if any('log_density' not in p for p in prompts): return np.array([], int)
-    third = density_parts({p['id']:p['log_density'] for p in prompts}, 3)
-    return np.array([third[p['id']] for p in prompts])
+)->np.ndarray: # (prompts,) log density; empty where densities are not known
+    "The density at which each prompt lies"
+    return np.array([p['log_density'] for p in prompts] if all('log_density' in p for p in prompts) else [])
 
 # %% ../nbs/core/75_compare.ipynb #cell-14
 def make_study(
@@ -158,20 +155,18 @@ def make_study(
     shift = np.array([(u['log_density']-d['log_density'])/max(u['sd'], 1e-9) for d,u in draws] if all(d and u for d,u in draws) else [])
     left_out = dict(prompts=len(prompts)-len(names), seeds=len(set().union(*arms.values()))-len(seeds))
     pairs = np.array([float(p['count']) for p in asked] if all('count' in p for p in asked) else [])
-    return Study(tuple(seeds), curves, thirds_of(asked), pairs, shift, gold_sd),asked,left_out
+    return Study(tuple(seeds), curves, density_of(asked), pairs, shift, gold_sd),asked,left_out
 
 # %% ../nbs/core/75_compare.ipynb #cell-18
 REGIONS = ('rare','middle','crowded')
 
 def group_labels(
     prompts:list, # The study's prompts
-    thirds:np.ndarray, # (prompts,) from `thirds_of`
 )->dict: # Way of grouping → label of each prompt
     "Regions, tenths of density and languages"
-    known = all('log_density' in p for p in prompts)
-    tenth = density_parts({p['id']:p['log_density'] for p in prompts}) if known else {}
+    density = density_of(prompts)
     languages = [p.get('lang') or p.get('meta', {}).get('lang') or 'unknown' for p in prompts]
-    return (dict(region=[REGIONS[t] for t in thirds], tenth=[str(tenth[p['id']]+1) for p in prompts]) if known else {})|(dict(language=languages) if len(set(languages))>1 else {})
+    return (dict(region=[REGIONS[t] for t in parts_of(density, 3)], tenth=[str(t+1) for t in parts_of(density, 10)]) if len(density) else {})|(dict(language=languages) if len(set(languages))>1 else {})
 
 def gaps_by_group(
     study:Study, # What was measured
@@ -191,7 +186,7 @@ def mean_curves(
     study:Study, # What was measured
 )->list: # Records: arm, seed, region, steps, and means of each measure at each step
     "What plots are drawn from"
-    parts = dict(all=equal_weights(study)>0, **({name:study.thirds==i for i,name in enumerate(REGIONS)} if len(study.thirds) else {}))
+    parts = dict(all=equal_weights(study)>0, **({name:parts_of(study.density, 3)==i for i,name in enumerate(REGIONS)} if len(study.density) else {}))
     return [dict(arm=arm, seed=seed, region=region, steps=curve.steps.tolist(), **{m:v[:,inside].mean(1).tolist() for m,v in curve.values.items()})
         for arm,curves in study.arms.items() for seed,curve in zip(study.seeds, curves) if curve for region,inside in parts.items() if inside.any()]
 
@@ -227,7 +222,7 @@ def comparison(
     word,why = decide(numbers, plan)
     def each(key, empty): return {arm:[by_seed[s].get(key, empty) for s in study.seeds if s in by_seed] for arm,by_seed in arms.items()}
     return dict(verdict=word, exploratory=unplanned, why=why, plan=asdict(plan), seeds=list(study.seeds), arms=each('name', ''), factor=changed, left_out=left_out, estimates=numbers,
-        groups=gaps_by_group(study, plan, group_labels(asked, study.thirds)), curves=mean_curves(study), draws=each('draws', {}))
+        groups=gaps_by_group(study, plan, group_labels(asked)), curves=mean_curves(study), draws=each('draws', {}))
 
 def make_compare(
     cfg:CompareConfig, # Settings
