@@ -18,7 +18,7 @@ from .curves import Curve, Study, equal_weights, gap_table, last_gap, parts_of
 from .files import file_hash, read_json, read_jsonl, write_json
 from .run_folders import is_made, open_run
 from .runs import input_hash, is_committed
-from .verdict import Plan, decide, estimates, read_plan
+from .verdict import Plan, decide, estimates, otherwise, read_plan
 
 # %% ../nbs/core/75_compare.ipynb #cell-5
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def comparison(
     numbers = estimates(study, plan)
     word,why = decide(numbers, plan)
     def each(key, empty): return {arm:[by_seed[s].get(key, empty) for s in study.seeds if s in by_seed] for arm,by_seed in arms.items()}
-    return dict(verdict=word, exploratory=unplanned, why=why, plan=asdict(plan), seeds=list(study.seeds), arms=each('name', ''), factor=changed, left_out=left_out, estimates=numbers,
+    return dict(verdict=word, exploratory=unplanned, why=why, otherwise=otherwise(numbers, plan), plan=asdict(plan), seeds=list(study.seeds), arms=each('name', ''), factor=changed, left_out=left_out, estimates=numbers,
         groups=gaps_by_group(study, plan, group_labels(asked)), curves=mean_curves(study), draws=each('draws', {}))
 
 def make_compare(

@@ -27,7 +27,7 @@ COLOURS = dict(density='#0072B2', uniform='#D55E00', placebo='#777777', placebo_
 NAMES = dict(density='density-aware', uniform='uniform', placebo='placebo', placebo_strata='placebo within strata', pairs='by pairs', dense='dense favoured')
 LABELS = dict(diversity='diversity', diversity_body='diversity without opener', diversity_2='diversity, second embedder', effective_diversity='effective diversity', lexical_distance='lexical distance',
     classes='classes', vendi='Vendi score', self_bleu='self-BLEU', opener='share with the opener', reward='reward in training', gold='gold reward', kl='KL (nats a completion)', length='tokens', words='words',
-    ended='share that ended', entropy='entropy (nats a token)', loops='share that loops', refused='share that refuses', empty='share that is empty', steps='step')
+    ended='share that ended', entropy='entropy (nats a token)', loops='share that loops', refused='share that refuses', empty='share that is empty', echoed='share that repeats the prompt', foreign='share in another language', uncounted='share that does not count', diversity_trimmed='diversity without the farthest completion', diversity_plain='diversity over all pairs', steps='step')
 
 def arm_label(
     arm:str, # Name of an arm
@@ -73,7 +73,7 @@ def headline(
     status = 'exploratory' if summary['exploratory'] else 'registered beforehand'
     verdict = f"Verdict ({status}): {summary['verdict']}." if summary['verdict'] else 'A description, not a verdict.'
     seeds = ['One training seed an arm: intervals speak of prompts, not of what another seed would do.'] if summary['estimates']['seeds']==1 else []
-    return [verdict,effect_sentence(summary),*summary['why'],*seeds]
+    return [verdict,effect_sentence(summary),*summary['why'],*summary['otherwise'],*seeds]
 
 # %% ../nbs/core/80_report.ipynb #cell-10
 def plot_curves(

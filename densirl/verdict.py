@@ -41,7 +41,7 @@ class Plan:
 # %% ../nbs/core/19_verdict.ipynb #cell-8
 DECIDES = ('diversity','diversity_body','effective_diversity') # Per input, higher is better, and free of the number of completions
 RATES = ('loops','refused','empty','echoed','foreign') # Fractions of completions, lower is better
-MEASURES = (*DECIDES,*RATES,'diversity_2','diversity_trimmed','lexical_distance','classes','vendi','self_bleu','reward','gold','entropy','length','ended','kl','words','opener','unknown','uncounted') # All that a prompt may be measured by
+MEASURES = (*DECIDES,*RATES,'diversity_2','diversity_trimmed','diversity_plain','lexical_distance','classes','vendi','self_bleu','reward','gold','entropy','length','ended','kl','words','opener','uncounted') # All that a prompt may be measured by
 PROTOCOL = ('seed','suite','samples','prompt_set','n_prompts','n_samples','max_prompt_tokens','max_new_tokens','temperature','embedder',
     'second_embedder','languagetool_url','max_words','words_each','batch_size') # Settings of an evaluation that a plan may fix
 
