@@ -9,14 +9,14 @@ __all__ = ['RELATIONS', 'ABBREVIATIONS', 'SENTENCE_MARK', 'INSTRUCTIONS', 'MORE_
            'has_title', 'is_json', 'has_postscript', 'are_two', 'value_fault', 'read_instruction', 'read_instructions',
            'follows']
 
-# %% ../nbs/core/38_ifeval.ipynb #9f74afcf
+# %% ../nbs/core/38_ifeval.ipynb #12197c73
 import json, operator, re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from .languages import LANGUAGES
 
-# %% ../nbs/core/38_ifeval.ipynb #1f09dd5e
+# %% ../nbs/core/38_ifeval.ipynb #71e759db
 RELATIONS = {'less than':operator.lt, 'at least':operator.ge}
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def counted(
     def holds(completion, **values): return RELATIONS[values.pop(relation)](count(completion, **{k:values[k] for k in others}), values[limit])
     return Instruction((relation,limit,*others), holds)
 
-# %% ../nbs/core/38_ifeval.ipynb #f7abf084
+# %% ../nbs/core/38_ifeval.ipynb #25060c93
 ABBREVIATIONS = frozenset('mr mrs ms dr prof st jr sr vs etc no inc ltd co corp gen col capt lt sen rep rev fig jan feb mar apr jun jul aug sep sept oct nov dec mt ft'.split())
 SENTENCE_MARK = re.compile(r'''[.?!](?!["')\]}]*\s*\Z)(?=[)";}\]*:@'({\[!?]|\s+\S)''')
 
@@ -54,7 +54,7 @@ def count_sentences(
     text = text.strip()
     return sum(m[0]!='.' or is_full_stop(text, m.start()) for m in SENTENCE_MARK.finditer(text))+bool(text)
 
-# %% ../nbs/core/38_ifeval.ipynb #d5a6d14b
+# %% ../nbs/core/38_ifeval.ipynb #473f3a31
 def count_parts(
     completion:str, # A completion
 )->int: # Paragraphs between dividers; -1 where one in the middle is empty
@@ -81,7 +81,7 @@ INSTRUCTIONS = {
     'length_constraints:number_paragraphs':Instruction(('num_paragraphs',), lambda completion, num_paragraphs: count_parts(completion)==num_paragraphs),
     'length_constraints:nth_paragraph_first_word':Instruction(('num_paragraphs','nth_paragraph','first_word'), begins)}
 
-# %% ../nbs/core/38_ifeval.ipynb #6c033c0a
+# %% ../nbs/core/38_ifeval.ipynb #c8865e7d
 def count_text(
     completion:str, # A completion
     keyword:str, # In any case
@@ -102,7 +102,7 @@ INSTRUCTIONS |= {
     'keywords:forbidden_words':Instruction(('forbidden_words',), lambda completion, forbidden_words: not any(stands_alone(completion, w) for w in forbidden_words)),
     'keywords:letter_frequency':counted(lambda completion, letter: completion.lower().count(letter.lower()), 'let_relation', 'let_frequency', 'letter')}
 
-# %% ../nbs/core/38_ifeval.ipynb #bfeaa51e
+# %% ../nbs/core/38_ifeval.ipynb #c533eb7b
 MORE_LANGUAGES = 'gu kn ml mr ne pa te'.split() # IFEval asks for them, and `languages` leaves them out
 TOKEN = re.compile(r'''[^\s;@#$%&?!:,()\[\]{}<>"“”]+''')
 CLITIC = re.compile(r"(?i)(?<=\w)(n't|'(?:s|m|d|ll|re|ve))\b|\.\.\.|--")
@@ -127,7 +127,7 @@ def is_english(
     "Is it likeliest to be English?"
     return identifier().classify(completion.lower())[0]=='en'
 
-# %% ../nbs/core/38_ifeval.ipynb #4ab03d1e
+# %% ../nbs/core/38_ifeval.ipynb #65990e39
 INSTRUCTIONS |= {
     'language:response_language':Instruction(('language',), lambda completion, language: identifier().classify(completion)[0]==language),
     'change_case:english_capital':Instruction((), lambda completion: completion.isupper() and is_english(completion)),
@@ -135,7 +135,7 @@ INSTRUCTIONS |= {
     'change_case:capital_word_frequency':counted(count_capitals, 'capital_relation', 'capital_frequency'),
     'punctuation:no_comma':Instruction((), lambda completion: ',' not in completion)}
 
-# %% ../nbs/core/38_ifeval.ipynb #d6c688ce
+# %% ../nbs/core/38_ifeval.ipynb #15f2faf0
 def count_bullets(
     completion:str, # A completion
 )->int: # Lines that begin with one
@@ -164,7 +164,7 @@ def has_title(
     found = [m for line in closed(completion, '>>') if (m := re.search('<<.+>>', line))]
     return any(m[0].lstrip('<').rstrip('>').strip() for m in found)
 
-# %% ../nbs/core/38_ifeval.ipynb #297b1978
+# %% ../nbs/core/38_ifeval.ipynb #1ddc5345
 def is_json(
     completion:str, # A completion, perhaps in a block of code
 )->bool: # Whether all of it can be read
@@ -188,7 +188,7 @@ INSTRUCTIONS |= {
     'detectable_content:number_placeholders':Instruction(('num_placeholders',),
         lambda completion, num_placeholders: sum(len(re.findall(r'\[.*?\]', line)) for line in closed(completion, ']'))>=num_placeholders)}
 
-# %% ../nbs/core/38_ifeval.ipynb #25026fee
+# %% ../nbs/core/38_ifeval.ipynb #6269a5ac
 def has_postscript(
     completion:str, # A completion
     postscript_marker:str, # 'P.S.', 'P.P.S', or another text
@@ -213,7 +213,7 @@ INSTRUCTIONS |= {
     'startend:end_checker':Instruction(('end_phrase',), lambda completion, end_phrase: completion.strip().strip('"').lower().endswith(end_phrase.strip().lower())),
     'startend:quotation':Instruction((), lambda completion: re.fullmatch(r'"[\s\S]*"', completion.strip()) is not None)}
 
-# %% ../nbs/core/38_ifeval.ipynb #1b24413c
+# %% ../nbs/core/38_ifeval.ipynb #0c7f6821
 def value_fault(
     name:str, # Of a value
     value, # What a prompt gives
@@ -239,7 +239,7 @@ def read_instruction(
         if fault := value_fault(k, v): raise ValueError(f'{k} of {name} is {v!r}, which {fault}')
     return dict(name=name, **{k:int(v) if isinstance(v, float) else v for k,v in given.items()})
 
-# %% ../nbs/core/38_ifeval.ipynb #9679d4da
+# %% ../nbs/core/38_ifeval.ipynb #22257acc
 def read_instructions(
     row:dict, # With `instruction_id_list` and `kwargs`
 )->list: # dicts of name and values
