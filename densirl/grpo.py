@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['GROUPS_ALONE', 'SMALLER', 'SHOWN', 'GrpoConfig', 'check_settings', 'first_policy', 'load_models', 'sample_groups',
-           'mean_densities', 'grpo_steps', 'run_facts', 'leave', 'begin', 'check_readers', 'drawn_pairs', 'train_grpo']
+           'mean_densities', 'grpo_steps', 'run_facts', 'leave', 'begin', 'check_readers', 'drawn_pairs',
+           'written_down', 'train_grpo']
 
 # %% ../nbs/03_grpo.ipynb #cell-6
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -18,13 +20,15 @@ from .data import read_folds, read_pairs, read_prompt_records, select_pairs
 from .dist import Ranks, gather, join_ranks, mean_of
 from .draws import Draws, policy_densities, stored_densities
 from .files import need
+from .ledger import entered
 from .looks import LookConfig, eval_steps, held_out_prompts, look
 from .models import load_policy, model_input, model_name, save_model, start_path
 from .objectives import steered
 from .pairwise import pairs_by_prompt, pairwise_update, pick_pairs
 from .rewards import check_judge, load_judge, load_rewards, source_files, source_weights
 from .rollout import completion_uniforms, sampling_copy
-from .run_folders import Run, open_run
+from .run_folders import Run, open_run, run_name
+from .runs import outputs_hash, read_manifest, run_key
 from .sampler import rank_slice
 from .selfcheck import check_model
 from .sft import agreed_dtype, skip_stage
@@ -242,6 +246,15 @@ def drawn_pairs(
     return pairs_by_prompt(select_pairs(read_pairs(cfg.path(cfg.pairs_path)), read_folds(cfg.path(cfg.prompts_path)), 'policy', 'prefs'))
 
 # %% ../nbs/03_grpo.ipynb #cell-26
+def written_down(
+    cfg:GrpoConfig, # Settings
+    main:bool, # Whether this rank writes
+): # A context manager
+    "Enter a run in the ledger of its plan, where it has one"
+    if not (cfg.plan_path and main): return nullcontext()
+    key,out = run_key(cfg),cfg.path(cfg.outputs()[0])
+    return entered(cfg.path(cfg.plan_path), run_name(key), key['config'], lambda: outputs_hash(read_manifest(out), out))
+
 SMALLER = '--device_batch_size, then --max_new_tokens and --max_prompt_tokens, then --group_size or --prompts_per_step'
 SHOWN = ('reward','kl','length','opener','loss','accuracy')
 
@@ -257,7 +270,7 @@ def train_grpo(
     mine = [p for p in prompts if p['fold']=='policy' and (cfg.objective=='groups' or p['id'] in known)]
     adapted = check_readers(cfg, mine+held_out, ranks.main)
     with memory_help(SMALLER): start = first_policy(cfg, ranks.device)
-    with open_run(cfg, ranks.main) as run, memory_help(SMALLER), soft_stop(run) as stopper:
+    with written_down(cfg, ranks.main), open_run(cfg, ranks.main) as run, memory_help(SMALLER), soft_stop(run) as stopper:
         models,draws,optimizer,done,beta = begin(cfg, mine, run, ranks, *start)
         if not done: look(cfg, models, held_out, run, ranks, 0)
         progress = Progress(run, cfg.max_steps, out.name, done)

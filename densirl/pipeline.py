@@ -23,6 +23,7 @@ from .grpo import GrpoConfig, train_grpo
 from .launch import cpu_cores, spawn, stage_command
 from .looks import eval_steps
 from .mode_collapse import EvalConfig, make_eval
+from .preregistration import PlanConfig, make_plan
 from .report import DEMO, ReportConfig, make_report
 from .rm import RmConfig, train_rm
 from .run_folders import is_done, newest_log
@@ -33,7 +34,7 @@ from .trainer import duration
 # %% ../nbs/core/91_pipeline.ipynb #cell-6
 STAGES = dict(data=(DataConfig, make_data), prompts=(PromptsConfig, make_prompts), density=(DensityConfig, make_density),
     sft=(SftConfig, train_sft), rm=(RmConfig, train_rm), grpo=(GrpoConfig, train_grpo), eval=(EvalConfig, make_eval),
-    compare=(CompareConfig, make_compare), report=(ReportConfig, make_report), chat=(ChatConfig, run_chat), status=(StatusConfig, show_status), clean=(CleanConfig, clean))
+    compare=(CompareConfig, make_compare), report=(ReportConfig, make_report), chat=(ChatConfig, run_chat), status=(StatusConfig, show_status), clean=(CleanConfig, clean), plan=(PlanConfig, make_plan))
 
 # %% ../nbs/core/91_pipeline.ipynb #cell-8
 def make_inputs(

@@ -35,15 +35,15 @@ def rate_interval(
     table:dict, # From `by_prompt`
     per:float=1000., # Words that a rate is for
     level:float=.95, # Coverage
-)->dict: # rate, low, high, events, words, prompts, estimable
+)->dict: # rate, low, high, events, words, prompts, estimable; with events also se, of the logarithm
     "A rate and its interval over prompts"
     y,n = sum(table.values()) if table else np.zeros(2)
     facts = dict(events=int(y), words=int(n), prompts=len(table), estimable=bool(y>=FEWEST))
     if not n: return dict(rate=float('nan'), low=float('nan'), high=float('nan'), **facts)
     if not y: return dict(rate=0., low=0., high=float(per*stats.chi2.ppf(.5+level/2, 2)/2/n), **facts)
     row = crossed_interval(len(table)*np.array([list(influences(table).values())]), level)
-    half = row['high']-row['mean']
-    return dict(rate=float(per*y/n), low=float(per*y/n*np.exp(-half)), high=float(per*y/n*np.exp(half)), **facts)
+    rate,low,high = per*y/n*np.exp([0, row['low'], row['high']])
+    return dict(rate=float(rate), low=float(low), high=float(high), se=row['se'], **facts)
 
 # %% ../nbs/core/14_rates.ipynb #cell-11
 def log_ratios(

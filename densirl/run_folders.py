@@ -6,7 +6,7 @@
 __all__ = ['STOPPING', 'LOGS', 'runs_of', 'run_name', 'file_names', 'parts_of', 'refuse_place', 'unknown_files', 'stage_at',
            'refuse_inside', 'refuse_unknown', 'lock_of', 'alone', 'move_file', 'finish_placing', 'settled', 'place',
            'drop_worthless', 'Run', 'output_names', 'check_places', 'inputs_from', 'say_changed', 'last_step',
-           'own_folder', 'newest_log', 'take_back', 'is_done', 'is_made', 'open_run']
+           'own_folder', 'newest_log', 'take_back', 'is_done', 'is_made', 'was_run_before', 'open_run']
 
 # %% ../nbs/core/10_run_folders.ipynb #cell-3
 import errno, fcntl, json, os, shutil, time
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 from .config import StageConfig, command_line
-from .files import half_made, need, raise_if_full, read_json, remove_halves, text_hash, write_json
+from .files import file_hash, half_made, need, raise_if_full, read_json, remove_halves, text_hash, write_json
 from .runs import (changed_inputs, checkpoint_home, content_hashes, environment, has_key, is_counted, is_file_name, is_model, is_unchanged,
     manifest_path, read_log, read_manifest, registered, run_key, up_to_date)
 
@@ -351,6 +351,16 @@ def is_made(
     print(f'{cfg.outputs()[0]} is up to date', flush=True)
     return True
 
+# %% ../nbs/core/10_run_folders.ipynb #485ae5d0
+def was_run_before(
+    out:Path, # Run folder
+    key:dict, # From `run_key`
+    plan:Path, # Pre-registration
+)->bool: # Whether a run of the same settings, begun without this plan, is in place, kept or unfinished
+    "Was this run made before its plan?"
+    known = [read_manifest(folder) for folder in (out, *runs_of(out).glob('*/'))]
+    return any(m.get('digest')==key['digest'] and m.get('plan', {}).get('hash')!=file_hash(plan) for m in known)
+
 # %% ../nbs/core/10_run_folders.ipynb #cell-20
 @contextmanager
 def open_run(
@@ -367,7 +377,7 @@ def open_run(
     with settled(outputs, cfg.stage) as run.stopping:
         if run.folder.exists() and (cfg.force or not any(checkpoint_home(run.folder).glob('step_*'))): shutil.rmtree(run.folder)
         begun,plan = read_manifest(run.folder),getattr(cfg, 'plan_path', '')
-        noted = begun.get('plan') if begun else registered(need(cfg.path(plan), 'plan')) if plan else None
+        noted = begun.get('plan') if begun else registered(need(cfg.path(plan), 'plan'))|dict(earlier=was_run_before(outputs[0], key, cfg.path(plan))) if plan else None
         manifest = dict(key, profile=cfg.profile, command=command_line(cfg, key['ranks']), module=cfg.module, reads=inputs_from(cfg, outputs[0].parent), status='running', environment=environment(), **(dict(plan=noted) if noted else {}))
         say_changed(cfg)
         run.folder.mkdir(parents=True, exist_ok=True)

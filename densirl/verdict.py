@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECIDES', 'RATES', 'MEASURES', 'PROTOCOL', 'WAYS', 'OTHERS', 'PLACES', 'COSTS', 'Plan', 'plan_fault', 'read_plan',
-           'other_ways', 'matched_gain', 'gates', 'secondary_rows', 'estimates', 'signed', 'is_gain', 'weak_ways',
-           'failed_gates', 'weaknesses', 'why_not', 'untested', 'decide', 'failed_tests', 'narrowest', 'otherwise']
+           'other_ways', 'matched_gain', 'gates', 'secondary_rows', 'estimates', 'is_gain', 'weak_ways', 'failed_gates',
+           'weaknesses', 'why_not', 'untested', 'decide', 'failed_tests', 'narrowest', 'otherwise']
 
 # %% ../nbs/core/19_verdict.ipynb #cell-3
 from dataclasses import dataclass, field, fields
@@ -15,6 +15,7 @@ from .config import is_within, within
 from .crossed import crossed_interval, detectable, fewest_seeds, holm, one_sided_low, ratio_interval, sign_flip, within_margin
 from .curves import Study, compared_ranges, equal_weights, gap_table, last_gap, match_regions
 from .files import read_json
+from .numerals import chance, interval_text, numeral, signed
 
 # %% ../nbs/core/19_verdict.ipynb #cell-6
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Plan:
     second:str = 'diversity_2' # The same on another embedder, which must agree in sign; empty where the first is not the one that densities were made with
     secondaries:tuple = ('effective_diversity','classes','vendi') # Read only after a gain, all together at level (Holm)
     seeds:tuple = () # Training seeds that will be run, in every arm; at level .05 no exact test can speak below six
+    factor:tuple = ('density_aware',) # Settings in which treated and control may differ
     level:float = within('(0, .2]', .05) # Of every test: two-sided, but one-sided for being no worse and for being equivalent
     skip:float = within('[0, 1)', .2) # Lower part of the range of KL or gold reward that is not compared, since all runs begin as the reference
     min_shift:float = within('[0, inf)', .5) # Treatment delivered: mean log density of the draws lower by this many standard deviations of the prompts
@@ -36,7 +38,7 @@ class Plan:
     gold_margin:float = within('[0, inf)', .1) # No worse: gold reward, in standard deviations of the reference's completions
     rate_margin:float = within('[0, 1]', .01) # No worse: fraction of completions that loop, refuse, are empty, repeat the prompt or are in another language, each
     equivalence:float = within('(0, 1]', .1) # Too small to matter: this share of what the control has lost
-    protocol:dict = field(default_factory=dict) # Settings of `densirl eval` that must be just so, by their names
+    protocol:dict = field(default_factory=dict) # Settings of `densirl eval`, all of them, by their names; `densirl plan` fills them in
 
 # %% ../nbs/core/19_verdict.ipynb #cell-8
 DECIDES = ('diversity','diversity_body','effective_diversity') # Per input, higher is better, and free of the number of completions
@@ -59,6 +61,7 @@ def plan_fault(
     if name=='metric' and value not in DECIDES: return f'{value!r}; give one of {", ".join(DECIDES)}'
     if name=='second' and value not in ('','diversity_2'): return f'{value!r}; give diversity_2, or leave it empty'
     if name=='seeds' and not (isinstance(value, list) and all(type(v) is int and v>=0 for v in value) and len(set(value))==len(value)): return f'{value!r}; give the list of training seeds, such as [0, 1, 2, 3, 4, 5]'
+    if name=='factor' and not (isinstance(value, list) and value and all(isinstance(v, str) for v in value)): return f'{value!r}; give the list of settings in which the arms may differ, such as ["density_aware"]'
     if name=='secondaries' and not (isinstance(value, list) and set(map(str, value))<=set(MEASURES)): return f'{value!r}; give a list of {", ".join(MEASURES)}'
     if name=='protocol' and not (isinstance(value, dict) and value.keys()<=set(PROTOCOL)): return f'{value!r}; give settings of an evaluation, which are {", ".join(PROTOCOL)}'
     return ''
@@ -154,12 +157,6 @@ def estimates(
 PLACES = dict(kl='KL', gold='gold reward')
 COSTS = dict(gold='gold reward', loops='the fraction that loops', refused='the fraction that refuses', empty='the fraction that is empty', echoed='the fraction that repeats the prompt', foreign='the fraction in another language')
 
-def signed(
-    x:float, # A difference
-)->str: # Such as '+0.031' or '−0.004'
-    "A difference with its sign"
-    return f'{x:+.3f}'.replace('-', '−')
-
 def is_gain(
     rows:dict, # From `matched_gain`, for 'kl' and 'gold'
     plan:Plan, # What was planned
@@ -218,8 +215,8 @@ def why_not(
         row = gains.get(over)
         if row is None: said.append(f'There is no {PLACES[over]} to match on.')
         elif 'mean' not in row or row['left_out']: said.append(f'In {row["left_out"]} seeds the arms have no {PLACES[over]} in common.')
-        else: said.append(f'At equal {PLACES[over]} the gap is {signed(row["mean"])} [{signed(row["low"])}, {signed(row["high"])}]; the test of this gap alone would have found one of {row["detectable"]:.3f} four times in five.')
-    return said+[f'The control lost {lost["mean"]:.3f} of {plan.metric}, and {plan.equivalence:.0%} of that would not matter.']
+        else: said.append(f'At equal {PLACES[over]} the gap is {signed(row["mean"])} [{signed(row["low"])}, {signed(row["high"])}]; the test of this gap alone would have found one of {numeral(row["detectable"])} four times in five.')
+    return said+[f'The control lost {numeral(lost["mean"])} of {plan.metric}, and {plan.equivalence:.0%} of that would not matter.']
 
 # %% ../nbs/core/19_verdict.ipynb #cell-21
 def untested(
@@ -243,7 +240,7 @@ def decide(
     if seeds==1: return '',['One training seed describes; it decides nothing.']
     if seeds<enough: return 'INCONCLUSIVE',[f'{seeds} paired seeds, and a verdict takes {enough}.']
     if why := untested(found, plan): return 'UNTESTED',[why]
-    if not (lost['mean']>0 and lost['p']<plan.level): return 'NO COLLAPSE TO PREVENT',[f'The control lost {lost["mean"]:.3f} [{lost["low"]:.3f}, {lost["high"]:.3f}] of {plan.metric}.']
+    if not (lost['mean']>0 and lost['p']<plan.level): return 'NO COLLAPSE TO PREVENT',[f'The control lost {interval_text(lost, sign=False)} of {plan.metric}.']
     if is_gain(gains, plan):
         against = weaknesses(found, plan)
         if against: return 'INCONCLUSIVE',['There is a gain at equal KL and at equal gold reward, but:',*against]
@@ -267,7 +264,7 @@ def failed_tests(
         for over in PLACES if against in gains else ():
             row = gains[against].get(over, {})
             if is_gain(dict(kl=row, gold=row), plan) if 'p' in row else False: continue
-            seen = f'{signed(row["mean"])}, p {row["p"]:.2g}, sign-flip p {row["flip"]:.2g}' if 'p' in row else 'not measured'
+            seen = f'{signed(row["mean"])}, p {chance(row["p"])}, sign-flip p {chance(row["flip"])}' if 'p' in row else 'not measured'
             said.append(f'a gap over {against} at equal {PLACES[over]} that is above 0 by both tests ({seen})')
     return said
 
@@ -278,7 +275,7 @@ def narrowest(
 )->list: # Sentences: the test with the largest p, and the gate nearest to its limit
     "The conditions that held most narrowly"
     p,against,over = max((max(row['p'], row['flip']), arm, over) for arm in arms for over,row in found['gains'][arm].items())
-    said = [f'The narrowest test is that of the gap over {against} at equal {PLACES[over]}: p {p:.2g}, and the plan asks for less than {plan.level:g}.']
+    said = [f'The narrowest test is that of the gap over {against} at equal {PLACES[over]}: p {chance(p)}, and the plan asks for less than {plan.level:g}.']
     near = [(gate['value']/gate['limit'], name) for name,gate in found['gates'].items() if name in COSTS and gate['limit']]
     if near: said.append(f'The gate nearest to its limit is {COSTS[max(near)[1]]}: it may be worse by {max(found["gates"][max(near)[1]]["value"]/found["gates"][max(near)[1]]["limit"], 0):.0%} of what the plan allows.')
     return said
@@ -293,7 +290,7 @@ def otherwise(
     gains,lost,enough = found['gains'],found['collapse'],max(fewest_seeds(plan.level), len(plan.seeds))
     if found['seeds']<enough: return [f'A verdict takes {enough} paired seeds, {enough-found["seeds"]} more than there are.']
     if word=='UNTESTED': return ['With that condition met, the gaps would have been tested.']
-    if word=='NO COLLAPSE TO PREVENT': return [f'A control that loses more than {lost["mean"]-lost["low"]:.3f} of {plan.metric} would have been one to compare with.']
+    if word=='NO COLLAPSE TO PREVENT': return [f'A control that loses more than {numeral(lost["mean"]-lost["low"])} of {plan.metric} would have been one to compare with.']
     if word=='SUPPORTED': return narrowest(found, plan, (plan.control, plan.placebo))
     if word=='HARMFUL': return narrowest(found, plan, (plan.control,))[:1]
     if word=='EQUIVALENT':

@@ -18,11 +18,13 @@ def densirl(*words, ok=True, ranks=1, timeout=300):
     return done.stdout
 
 def finished(root):
-    "Run every stage of profile `test` in a root folder"
+    "Run every stage of profile `test` in a root folder, in fp32 also where the CPU has units for bf16"
     from densirl.config import make_config
+    from densirl.files import write_json
     from densirl.pipeline import make_inputs
     from densirl.report import ReportConfig, make_report
     cfg = make_config(ReportConfig, 'test', root=str(root))
+    write_json(Path(root)/'.cache/precision_cpu.json', dict(dtype='float32'))
     make_inputs(cfg)
     make_report(cfg)
     return Path(root)

@@ -19,7 +19,7 @@ from densirl.pipeline import STAGES, make_inputs
 from densirl.runs import content_hashes
 
 GIVEN = dict(rm=['--max_steps=12', '--save_every=2'], grpo=['--max_steps=6', '--save_every=1'])      # long enough to be killed in between
-ORDER = [s for s in STAGES if s not in ('chat', 'status', 'clean')]
+ORDER = [s for s in STAGES if s not in ('chat', 'status', 'clean', 'plan')]
 OUTPUTS = dict(data=['.cache/data/pairs_all.jsonl', '.cache/data/bad_rows.jsonl'], prompts=['.cache/data/prompts_all.jsonl', '.cache/data/prompt_id_map.tsv', '.cache/data/stats.json'],
     density=['.cache/data/density.parquet', '.cache/data/density.embeddings.npy'], sft=['outs/sft'], rm=['outs/rm'], grpo=['outs/grpo'], eval=['outs/eval'], compare=['outs/compare'], report=['outs/report'])
 

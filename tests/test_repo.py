@@ -9,9 +9,9 @@ BIN = Path(sys.executable).parent
 
 # Imports go strictly downward. The one place where the plan of DESIGN is drawn: change it here when the code wants it.
 FLOORS = dict(
-    text=0, files=0, config=.5,
+    text=0, numerals=0, files=0, config=.5,
     runs=1, launch=1, stats=1, weights=1, estimators=1, rates=1.3, sampler=1.5, tally=1,
-    run_folders=1.2, crossed=1.2, curves=1.2, verdict=1.4, simulate=1.5,
+    run_folders=1.2, ledger=1.2, crossed=1.2, curves=1.2, verdict=1.4, simulate=1.5,
     corpus=2, checkpoints=2, objectives=2, habits=2, embed=2.2, dist=2, folders=2, tokens=2.05, models=2.1, attention=2, vocab=2.05, decode=2.1, logps=2.1, selfcheck=2.2, shapes=2, near=2, guards=2, neighbours=2.2,
     sources=2.2, data=2.5, maps=2.5, judging=2.5, heads=2, pairs=2.5,
     lexical=2, controls=2.1, diversity=2.1, prompt_sets=2.3, measures=2.5, render=2,
@@ -20,7 +20,7 @@ FLOORS = dict(
     trainer=4, sft=4.5,
     rm=5, rewards=5, draws=5, updates=5.4, looks=5.5, pairwise=5.6,
     grpo=6, policies=6,
-    mode_collapse=7, compare=7.5,
+    mode_collapse=7, preregistration=7.2, compare=7.5,
     report=8, chat=8, status=8, pipeline=8.5,
     cli=9, papermill_hook=9,
 )
