@@ -27,8 +27,9 @@ def test_all_of_it_killed_and_twice(tmp_path):
     first.send_signal(signal.SIGKILL)
     first.communicate()
     assert left_at_work(tag) == [], 'processes that the killed one had started'
+    finished = sum((tmp_path/f'outs/{arm}/manifest.json').exists() for arm in ('grpo', 'grpo_baseline'))      # a fast machine may have put one in place
     said = run_all(*words)
-    assert said.count('up to date, skipped') == 4 and halves(tmp_path) == []
+    assert said.count('up to date, skipped') == 4+finished and halves(tmp_path) == []
     summary = json.loads((tmp_path/'outs/report/summary.json').read_text())
     assert summary['verdict'] == '' and summary['used']['embedder'] == 'all-MiniLM-L6-v2'
     assert summary['factor'] == {'density': {'density_aware': [True, False]}}
