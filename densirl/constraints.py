@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 import numpy as np
+from .ifeval import INSTRUCTIONS, follows
 from .lexical import WORD, words
 from .stats import grouped_interval
 from .text import prompt_id
@@ -126,11 +127,11 @@ CONSTRAINTS |= {name:Constraint('punctuation', lambda say=say: say, draw_nothing
 
 # %% ../nbs/core/39_constraints.ipynb #cell-21
 CONSTRAINTS |= dict(
-    bullets=Constraint('layout', lambda n: f'Write exactly {n} bullet points, each on a line of its own that begins with "- ".', draw_number(2, 6),
+    dash_items=Constraint('layout', lambda n: f'Write exactly {n} bullet points, each on a line of its own that begins with "- ".', draw_number(2, 6),
         lambda completion, n: re.findall(r'(?m)^[ \t]*([-*+•])[ \t]+\S', completion)==['-']*n),
     numbered=Constraint('layout', lambda n: f'Write a numbered list of exactly {n} items, the first on a line that begins with "1. " and so on.', draw_number(3, 6),
         lambda completion, n: re.findall(r'(?m)^[ \t#*]*(\d+)\.\**[ \t]+\S', completion)==[str(i+1) for i in range(n)]),
-    sections=Constraint('layout', lambda n: f'Write exactly {n} sections, each below a line with its number: "Section 1" and so on.', draw_number(2, 4),
+    numbered_sections=Constraint('layout', lambda n: f'Write exactly {n} sections, each below a line with its number: "Section 1" and so on.', draw_number(2, 4),
         lambda completion, n: (parts := re.split(r'(?im)^[ \t#*]*section[ ](\d+)\b', completion))[1::2]==[str(i+1) for i in range(n)] and all(map(words, parts[2::2]))))
 
 # %% ../nbs/core/39_constraints.ipynb #cell-24
@@ -153,7 +154,7 @@ CONSTRAINTS |= dict(
 
 # %% ../nbs/core/39_constraints.ipynb #cell-27
 CONSTRAINTS |= dict(
-    title=Constraint('layout', lambda: 'Give it a title on a line of its own, in double angle brackets, <<like this>>.', draw_nothing,
+    title_line=Constraint('layout', lambda: 'Give it a title on a line of its own, in double angle brackets, <<like this>>.', draw_nothing,
         lambda completion: len(re.findall(r'(?m)^[ \t#*]*<<[^<>\n]*\w[^<>\n]*>>[ \t*]*\r?$', completion))==1),
     postscript=Constraint('layout', lambda: 'After the text add a postscript on a line that begins with "P.S.".', draw_nothing,
         lambda completion: len(parts := re.split(r'(?im)^[ \t*_]*p\.[ ]?s\.', completion, maxsplit=1))==2 and all(map(words, parts))),
@@ -163,7 +164,7 @@ CONSTRAINTS |= dict(
     last_line=Constraint('layout', lambda line: f'Let the last line, below the text, be "{line}" and nothing else.',
         draw_text('line', ('Thank you for reading','The end','More another day')),
         lambda completion, line: words((parts := completion.strip().rpartition('\n'))[2])==words(line) and bool(words(parts[0]))),
-    highlights=Constraint('marks', lambda n: f'Put at least {n} parts of the text in bold, **like this**.', draw_number(2, 4),
+    bold_parts=Constraint('marks', lambda n: f'Put at least {n} parts of the text in bold, **like this**.', draw_number(2, 4),
         lambda completion, n: len(re.findall(r'\*\*(?=[^*\s])[^*\n]*(?<=[^*\s])\*\*', completion))>=n),
     placeholders=Constraint('marks', lambda n: f'Leave at least {n} placeholders in square brackets, [like this].', draw_number(2, 4),
         lambda completion, n: len(re.findall(r'\[[^\[\]\n]*[^\W\d_][^\[\]\n]*\](?!\()', completion))>=n),
@@ -236,7 +237,7 @@ def followed(
     constraints:list, # Of its prompt, dicts of name and values
 )->list: # One bool each
     "Which constraints a completion follows"
-    return [bool(words(completion)) and CONSTRAINTS[c['name']].holds(completion, **values_of(c)) for c in constraints]
+    return [follows(completion, c) if c['name'] in INSTRUCTIONS else bool(words(completion)) and CONSTRAINTS[c['name']].holds(completion, **values_of(c)) for c in constraints]
 
 def instruction_facts(
     rows:list, # Records with `prompt_id`, `completion` and `constraints`, at least one
@@ -246,7 +247,7 @@ def instruction_facts(
     if bare: raise ValueError(f'prompt {bare[0]} has no constraints')
     hits = [followed(r['completion'], r['constraints']) for r in rows]
     flat = [(r['prompt_id'], c['name'], hit) for r,row in zip(rows, hits) for c,hit in zip(r['constraints'], row)]
-    kinds = {kind:[hit for _,name,hit in flat if name==kind] for kind in CONSTRAINTS}
+    kinds = {kind:[hit for _,name,hit in flat if name==kind] for kind in (*CONSTRAINTS, *INSTRUCTIONS)}
     return dict(prompts=grouped_interval([all(row) for row in hits], [r['prompt_id'] for r in rows], bounds=(0, 1)),
         instructions=grouped_interval([hit for *_,hit in flat], [prompt for prompt,*_ in flat], bounds=(0, 1)),
         by_kind={kind:dict(share=sum(seen)/len(seen), n=len(seen)) for kind,seen in kinds.items() if seen})

@@ -12,6 +12,7 @@ from collections import defaultdict
 import numpy as np
 from pathlib import Path
 from .files import open_bytes, read_jsonl
+from .ifeval import read_instructions
 from .shapes import NoPair, messages_of, read_prompt, readable, text_of, with_system
 from .sources import file_items, row_of
 from .text import mended, prompt_id
@@ -70,8 +71,9 @@ def prompt_of(
     try: turns = with_system(row, messages_of(row, listed) if listed else read_prompt(text_of(row, 'prompt')))
     except NoPair as reason: raise ValueError(f'a prompt that no policy for plain text can be shown: {reason}') from reason
     if turns[-1]['role']!='user' or not turns[-1]['content'].strip(): raise ValueError('a conversation that does not end with words of the user')
-    rest = {k:v for k,v in row.items() if k not in ('messages','system')}
-    return rest|dict(prompt=readable(turns))|(dict(messages=turns) if len(turns)>1 else {})
+    rest = {k:v for k,v in row.items() if k not in ('messages','system','instruction_id_list','kwargs')}
+    told = dict(kind='constraint', constraints=read_instructions(row)) if 'instruction_id_list' in row else {}
+    return rest|told|dict(prompt=readable(turns))|(dict(messages=turns) if len(turns)>1 else {})
 
 def read_prompts(
     path:Path, # A .txt file, or JSON lines, a JSON list, CSV, TSV or parquet

@@ -28,7 +28,7 @@ def tokens(by, size):
     need += [by['word_times']['word']]*by['word_times']['n'] if 'word_times' in by else []
     need += [by['letter_times']['letter']*by['letter_times']['n']] if 'letter_times' in by else []
     need += [pool[0].upper()+pool[0].upper()]*by['capitals']['n'] if 'capitals' in by else []
-    need += [f'**{pool[0]}**']*by['highlights']['n'] if 'highlights' in by else []
+    need += [f'**{pool[0]}**']*by['bold_parts']['n'] if 'bold_parts' in by else []
     need += [f'[{pool[0]}]']*by['placeholders']['n'] if 'placeholders' in by else []
     return need+[pool[i % len(pool)] for i in range(max(size-len(need), 0))]
 
@@ -43,14 +43,14 @@ def lay_out(by, found):
     if 'sentences' in by: text = ' '.join(p+stop for p in parts)
     if 'paragraphs' in by: text = '\n\n'.join(p+stop for p in parts)
     if 'question_end' in by: text = ' '.join(found)+'?'
-    if 'bullets' in by: text = '\n'.join(f'- {p}' for p in parts)
+    if 'dash_items' in by: text = '\n'.join(f'- {p}' for p in parts)
     if 'numbered' in by: text = '\n'.join(f'{i+1}. {p}' for i, p in enumerate(parts))
-    if 'sections' in by: text = '\n'.join(f'Section {i+1}\n{p}' for i, p in enumerate(parts))
+    if 'numbered_sections' in by: text = '\n'.join(f'Section {i+1}\n{p}' for i, p in enumerate(parts))
     if 'json' in by: text = json.dumps({found[0]: ' '.join(found[1:])})
     if 'quoted' in by: text = f'"{text}"'
     if 'fenced' in by: text = f'```\n{text}\n```'
     if 'two_versions' in by: text = f'{text}\n******\n{found[-1]}'
-    if 'title' in by: text = f'<<{found[-1]}>>\n{text}'
+    if 'title_line' in by: text = f'<<{found[-1]}>>\n{text}'
     if 'postscript' in by: text = f'{text}\nP.S. {found[-1]}'
     if 'first_line' in by: text = f"{by['first_line']['line']}\n{text}"
     if 'last_line' in by: text = f"{text}\n{by['last_line']['line']}"
@@ -139,15 +139,15 @@ def holds(kind, text, **values): return CONSTRAINTS[kind].holds(text, **values)
     ('no_letter', 'cafe\u0301', dict(letter='e'), False),
     ('no_letter', 'ＥＧＧ', dict(letter='e'), False),
     ('no_dashes', 'a well‑known case', {}, False),
-    ('bullets', '- a\n  - b\n\n- c', dict(n=3), True),
-    ('bullets', '- a\n-b\n**c**', dict(n=1), True),
-    ('bullets', '• a\n• b', dict(n=2), False),
+    ('dash_items', '- a\n  - b\n\n- c', dict(n=3), True),
+    ('dash_items', '- a\n-b\n**c**', dict(n=1), True),
+    ('dash_items', '• a\n• b', dict(n=2), False),
     ('numbered', '**1.** a\n2. b', dict(n=2), True),
     ('numbered', '1) a\n2) b', dict(n=2), False),
     ('numbered', '1. a\n2. b\n1. c', dict(n=2), False),
-    ('sections', '## SECTION 1: a\nb\n\n## Section 2\nc', dict(n=2), True),
-    ('sections', 'Section 1 a\nSection 2 b\nSection 3 c', dict(n=2), False),
-    ('sections', 'See section 1 and section 2', dict(n=2), False),
+    ('numbered_sections', '## SECTION 1: a\nb\n\n## Section 2\nc', dict(n=2), True),
+    ('numbered_sections', 'Section 1 a\nSection 2 b\nSection 3 c', dict(n=2), False),
+    ('numbered_sections', 'See section 1 and section 2', dict(n=2), False),
     ('json', '{"a": 1} so', {}, False),
     ('json', '\u00a0{"a": [1, null]}\u00a0', {}, True),
     ('json', '{"a": Infinity}', {}, False),
@@ -159,17 +159,17 @@ def holds(kind, text, **values): return CONSTRAINTS[kind].holds(text, **values)
     ('two_versions', 'a\n******\nb\n******\nc', {}, False),
     ('two_versions', 'a ****** b', {}, False),
     ('two_versions', 'It rains.\n******\nit RAINS', {}, False),
-    ('title', '**<<A>>**\r\nb', {}, True),
-    ('title', '<<A>>\n<<B>>\nc', {}, False),
-    ('title', '<< >>\nc', {}, False),
+    ('title_line', '**<<A>>**\r\nb', {}, True),
+    ('title_line', '<<A>>\n<<B>>\nc', {}, False),
+    ('title_line', '<< >>\nc', {}, False),
     ('postscript', 'a\n\n**P.S.** b', {}, True),
     ('postscript', 'a\nP.S.', {}, False),
     ('postscript', 'a P.S. b', {}, False),
     ('first_line', '**the end**\n\na', dict(line='The end'), True),
     ('first_line', 'The end', dict(line='The end'), False),
     ('last_line', 'a\nThe end, friends', dict(line='The end'), False),
-    ('highlights', '**a** b **c d**', dict(n=2), True),
-    ('highlights', '**a\nb** *c*', dict(n=1), False),
+    ('bold_parts', '**a** b **c d**', dict(n=2), True),
+    ('bold_parts', '**a\nb** *c*', dict(n=1), False),
     ('placeholders', '[a b] [c]', dict(n=2), True),
     ('placeholders', '- [ ] a [2]', dict(n=1), False),
     ('first_word', '# Today', dict(word='Today'), True),
@@ -199,12 +199,12 @@ def test_every_pair_that_is_declared_compatible_can_be_obeyed():
 
 @pytest.mark.parametrize('one, other', [
     (dict(name='lower_case'), dict(name='upper_case')), (dict(name='lower_case'), dict(name='capitals', n=2)),
-    (dict(name='json'), dict(name='bullets', n=2)), (dict(name='json'), dict(name='first_word', word='Today')),
+    (dict(name='json'), dict(name='dash_items', n=2)), (dict(name='json'), dict(name='first_word', word='Today')),
     (dict(name='no_letter', letter='e'), dict(name='word', word='yellow')), (dict(name='no_letter', letter='e'), dict(name='two_words', pair=['music', 'river'])),
-    (dict(name='no_letter', letter='e'), dict(name='sections', n=2)), (dict(name='no_letter', letter='p'), dict(name='postscript')),
+    (dict(name='no_letter', letter='e'), dict(name='numbered_sections', n=2)), (dict(name='no_letter', letter='p'), dict(name='postscript')),
     (dict(name='last_words', phrase='time will tell'), dict(name='last_line', line='The end')), (dict(name='last_words', phrase='and that is all'), dict(name='no_word', word='is')),
     (dict(name='last_words', phrase='time will tell'), dict(name='question_end')), (dict(name='word', word='river'), dict(name='no_word', word='the')),
-    (dict(name='no_full_stops'), dict(name='numbered', n=3)), (dict(name='no_full_stops'), dict(name='postscript')), (dict(name='no_dashes'), dict(name='bullets', n=2)),
+    (dict(name='no_full_stops'), dict(name='numbered', n=3)), (dict(name='no_full_stops'), dict(name='postscript')), (dict(name='no_dashes'), dict(name='dash_items', n=2)),
     (dict(name='no_exclamations'), dict(name='exclaims')), (dict(name='words_at_most', n=20), dict(name='words_at_least', n=40)),
 ])
 def test_contradictions_are_known(one, other): assert not compatible(one, other) and not compatible(other, one)
