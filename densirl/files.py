@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['BUFFER', 'HALF', 'BROKEN', 'KIND', 'MADE_BY', 'WHAT', 'repo_root', 'open_bytes', 'packed_bytes', 'raise_if_full',
-           'locked_half', 'half_made', 'remove_halves', 'atomic', 'write_json', 'once', 'read_json', 'json_line',
-           'write_jsonl', 'parse_line', 'refuse_broken', 'read_lines', 'read_jsonl', 'check_fields', 'remedy', 'need',
-           'sentence', 'bytes_hash', 'file_hash', 'text_hash', 'whole_records', 'read_or_make']
+           'locked_half', 'half_made', 'remove_halves', 'atomic', 'finite', 'with_nan', 'write_json', 'once',
+           'read_json', 'json_line', 'write_jsonl', 'parse_line', 'refuse_broken', 'read_lines', 'read_jsonl',
+           'check_fields', 'remedy', 'need', 'sentence', 'bytes_hash', 'file_hash', 'text_hash', 'whole_records',
+           'read_or_make']
 
 # %% ../nbs/core/01_files.ipynb #cell-3
-import errno, fcntl, glob, gzip, hashlib, io, json, os, shutil, tempfile, zlib
+import errno, fcntl, glob, gzip, hashlib, io, json, math, os, shutil, tempfile, zlib
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -128,12 +129,28 @@ def atomic(
         os.replace(half, path)
 
 # %% ../nbs/core/01_files.ipynb #cell-17
+def finite(
+    value, # Anything `json` can write
+): # The same with null for numbers that are none or infinite, which JSON does not have
+    "What every reader of JSON can read"
+    if isinstance(value, dict): return {k:finite(v) for k,v in value.items()}
+    if isinstance(value, (list, tuple)): return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+def with_nan(
+    value, # From `read_json`
+): # The same with NaN for null
+    "Numbers that are none, where they are needed again"
+    if isinstance(value, dict): return {k:with_nan(v) for k,v in value.items()}
+    if isinstance(value, list): return [with_nan(v) for v in value]
+    return float('nan') if value is None else value
+
 def write_json(
     path:Path, # File to write
     value, # Anything `json` can write
 )->None:
     "Write `value` as indented JSON, atomically"
-    with atomic(path) as file: file.write(json.dumps(value, indent=1, ensure_ascii=False)+'\n')
+    with atomic(path) as file: file.write(json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False)+'\n')
 
 def once(
     pairs:list, # Keys and values of a JSON object

@@ -127,8 +127,9 @@ def pile_size(
     each:int=40, # Words of a completion
     most:int=15_000, # Words, where there are more
 )->int: # Words; a multiple of `each`
-    "The largest pile that every policy can fill"
-    return min([min(sum(len(words(c))>=each for c in completions)*each, most//each*each) for completions in policies], default=0)
+    "The largest pile that every policy can fill, but for those that fill none"
+    sizes = [min(sum(len(words(c))>=each for c in completions)*each, most//each*each) for completions in policies]
+    return min(filter(None, sizes), default=0)
 
 # %% ../nbs/core/33_lexical.ipynb #cell-17
 def mattr(

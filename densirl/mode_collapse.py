@@ -240,10 +240,10 @@ def judge_samples(
 def embeds(
     cfg:EvalConfig, # Settings
     name:str, # Name of an embedder
-)->tuple: # Its name, its digest, and a function of texts that looks up what it has embedded before
+)->tuple: # The embedder, and a function of texts that looks up what it has embedded before
     "An embedder of this evaluation"
     embedder = load_embedder(name, start_path(cfg.ref_path, cfg.path(cfg.ref_path), 'sft') if name=='lm' else '')
-    return embedder.name,embedder.digest,lambda texts: embed_cached(embedder, texts, cfg.path('.cache/embeddings'))
+    return embedder,lambda texts: embed_cached(embedder, texts, cfg.path('.cache/embeddings'))
 
 # %% ../nbs/04_eval_mode_collapse.ipynb #cell-23
 def write_diversity(
@@ -253,12 +253,12 @@ def write_diversity(
     prompts:list, # From `choose_prompts`
 )->dict: # What `eval.json` says besides policies and prompts
     "Write `per_prompt.jsonl` and `across.jsonl`, which comparisons read"
-    (name,digest,embed),(name_2,digest_2,second) = (embeds(cfg, n) for n in (cfg.embedder, cfg.second_embedder))
-    rows,gold = measure_prompts(samples, prompts, embed, second, cfg.max_words),[s['gold'] for s in reference_samples(samples) if 'gold' in s]
+    (first,embed),(other,second) = (embeds(cfg, n) for n in (cfg.embedder, cfg.second_embedder))
+    rows,gold = measure_prompts(samples, prompts, embed, second, cfg.max_words, first.unknown),[s['gold'] for s in reference_samples(samples) if 'gold' in s]
     write_jsonl(out/'per_prompt.jsonl', rows)
     write_jsonl(out/'across.jsonl', measure_piles(samples, cfg.words_each))
     show_means(rows)
-    return dict(embedders=[dict(name=name, digest=digest), dict(name=name_2, digest=digest_2)], gold_sd=float(np.std(gold)) if gold else 0., exact_kl=all('exact_kl' in r for r in samples))
+    return dict(embedders=[dict(name=e.name, digest=e.digest) for e in (first, other)], gold_sd=float(np.std(gold)) if gold else 0., exact_kl=all('exact_kl' in r for r in samples))
 
 def write_artefacts(
     cfg:EvalConfig, # Settings
@@ -267,13 +267,13 @@ def write_artefacts(
     prompts:list, # From `choose_prompts`
 )->dict: # What `eval.json` says besides policies and prompts
     "Write `artefacts.json`, and `artefacts.html` with the hits highlighted"
-    pairs,(name,digest,embed) = cfg.path(cfg.pairs_path),embeds(cfg, cfg.embedder)
+    pairs,(embedder,embed) = cfg.path(cfg.pairs_path),embeds(cfg, cfg.embedder)
     human = human_completions(read_jsonl(pairs)) if pairs.exists() else []
     tables = artefact_tables(samples, prompts, embed, human, cfg.languagetool_url, cfg.max_words)
     write_json(out/'artefacts.json', tables)
     with atomic(out/'artefacts.html') as file: file.write(artefact_page(tables, marked_examples(samples, prompts)))
     show_rates(tables['rates'])
-    return dict(embedders=[dict(name=name, digest=digest)], people=len(human))
+    return dict(embedders=[dict(name=embedder.name, digest=embedder.digest)], people=len(human))
 
 # %% ../nbs/04_eval_mode_collapse.ipynb #cell-24
 PROMPT_FIELDS = ('id','prompt','messages','log_density','count','src','meta','lang','kind','persona','neutral','constraints')
@@ -297,7 +297,8 @@ def make_eval(
         could = {name:logs[name] for name,p in known.items() if p['fold']=='policy'}
         write_jsonl(out/'samples.jsonl', samples)
         write_jsonl(out/'prompts.jsonl', ({k:p[k] for k in PROMPT_FIELDS if k in p} for p in prompts))
-        asked = dict(kind='looks' if cfg.samples=='looks' and cfg.patterns() else cfg.prompt_set, n=len(prompts), version=text_hash(' '.join(p['id'] for p in prompts))[:12])
+        kind = 'looks' if cfg.samples=='looks' and cfg.patterns() else 'completions' if any(p.ready for p in policies) else cfg.prompt_set
+        asked = dict(kind=kind, n=len(prompts), version=text_hash(' '.join(p['id'] for p in prompts))[:12])
         found = dict(diversity=write_diversity, artefacts=write_artefacts)[cfg.suite](cfg, out, samples, prompts)
         write_json(out/'eval.json', dict(policies=[about_policy(p, could) for p in policies], prompts=asked, settings=science(cfg), **found,
             density_embedder=read_manifest(cfg.path(cfg.density_path)).get('facts', {}).get('embedder', {}).get('name', '') if could else ''))

@@ -7,7 +7,6 @@ __all__ = ['FEWEST', 'by_prompt', 'influences', 'rate_interval', 'log_ratios', '
 
 # %% ../nbs/core/14_rates.ipynb #cell-3
 import numpy as np
-from scipy import stats
 from .crossed import crossed_interval
 
 # %% ../nbs/core/14_rates.ipynb #cell-6
@@ -40,7 +39,7 @@ def rate_interval(
     y,n = sum(table.values()) if table else np.zeros(2)
     facts = dict(events=int(y), words=int(n), prompts=len(table), estimable=bool(y>=FEWEST))
     if not n: return dict(rate=float('nan'), low=float('nan'), high=float('nan'), **facts)
-    if not y: return dict(rate=0., low=0., high=float(per*stats.chi2.ppf(.5+level/2, 2)/2/n), **facts)
+    if not y: return dict(rate=0., low=0., high=float(per*(1-(.5-level/2)**(1/len(table)))), **facts)
     row = crossed_interval(len(table)*np.array([list(influences(table).values())]), level)
     rate,low,high = per*y/n*np.exp([0, row['low'], row['high']])
     return dict(rate=float(rate), low=float(low), high=float(high), se=row['se'], **facts)

@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 from .artefacts import marked_examples
 from .config import StageConfig, where
-from .files import atomic, need, read_json, read_jsonl, write_json
+from .files import atomic, need, read_json, read_jsonl, with_nan, write_json
 from .maps import plain_label
 from .measures import last_steps
 from .numerals import chance, interval_text, numeral, signed
@@ -231,7 +231,7 @@ def read_artefacts(
     if others:
         print(f'The symptoms at {folder} are left out: they are not of {", ".join(others)} as compared; run `densirl eval --suite artefacts` for the policies that are compared.', flush=True)
         return {}
-    return dict(tables=read_json(folder/'artefacts.json'), examples=marked_examples(*(list(read_jsonl(folder/f'{name}.jsonl')) for name in ('samples','prompts'))))
+    return dict(tables=with_nan(read_json(folder/'artefacts.json')), examples=marked_examples(*(list(read_jsonl(folder/f'{name}.jsonl')) for name in ('samples','prompts'))))
 
 # %% ../nbs/core/80_report.ipynb #cell-26
 def make_report(

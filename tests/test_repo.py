@@ -15,7 +15,7 @@ FLOORS = dict(
     corpus=2, checkpoints=2, objectives=2, habits=2, embed=2.2, dist=2, folders=2, tokens=2.05, models=2.1, attention=2, vocab=2.05, decode=2.1, logps=2.1, selfcheck=2.2, shapes=2, near=2, guards=2, neighbours=2.2,
     sources=2.2, data=2.5, maps=2.5, judging=2.5, heads=2, pairs=2.5,
     lexical=2, controls=2.1, diversity=2.1, prompt_sets=2.3, measures=2.5, render=2,
-    prose=2.1, dashes=2.2, contrasts=2.2, slop=2.2, languages=2.2, checkers=2.2, calibration=2.3, constraints=2.3, ifeval=2.25, personas=2.1, counted=2.3, ideas=2.4, symptoms=2.6, artefacts=2.7,
+    prose=2.1, dashes=2.2, contrasts=2.2, slop=2.2, languages=2.2, checkers=2.2, calibration=2.3, constraints=2.3, ifeval=2.25, personas=2.1, counted=2.3, ideas=2.4, symptoms=2.6, artefacts=2.7, attacks=2,
     density=3, rollout=3, arms=3.5,
     trainer=4, sft=4.5,
     rm=5, rewards=5, draws=5, updates=5.4, looks=5.5, pairwise=5.6,
