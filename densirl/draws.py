@@ -74,9 +74,9 @@ class Draws:
         return self.sampler.draw(step, attempt)
 
     def facts(self)->dict: # Of the last draw's weights
-        "Exponent, share of prompts that count, variance of the weights, and their hash"
-        even = self.probs*len(self.probs)
-        return dict(alpha=self.alpha, effective_share=effective_share(self.probs), weight_variance=float(even.var()), weights=self.sampler.version)
+        "Exponent; share of prompts that count and variance of the weights, both of what is drawn; heaviest share asked for and drawn; hash of the weights"
+        drawn = self.sampler.shares()
+        return dict(alpha=self.alpha, effective_share=effective_share(drawn), weight_variance=float((drawn*len(drawn)).var()), heaviest_asked=float(self.probs.max()), heaviest_drawn=float(drawn.max()), weights=self.sampler.version)
 
 # %% ../nbs/core/46_draws.ipynb #cell-14
 def policy_densities(

@@ -34,9 +34,10 @@ def measure_prompt(
     said,drift = [r['completion'] for r in rows],'exact_kl' if 'exact_kl' in rows[0] else 'kl'
     means = {k:float(np.mean([r[k] for r in rows])) for k in MEANS if all(k in r for r in rows)}
     if all(drift in r for r in rows): means['kl'] = float(np.mean([r[drift] for r in rows]))
-    good = dict(effective_diversity=effective_diversity(prompt_residual(vectors, prompt), [r['gold'] for r in rows], threshold)) if threshold is not None and len(rows)>1 else {}
     reasons,gold = reasons_of(said, about),[r['gold'] for r in rows] if threshold is not None else []
-    counted = counted_facts(prompt_residual(vectors[same_text(said)], prompt), reasons, gold, floor)
+    rest = prompt_residual(vectors[same_text(said)], prompt)
+    counted = counted_facts(rest, reasons, gold, floor)
+    good = dict(effective_diversity=effective_diversity(rest, np.where([not r for r in reasons], gold, -np.inf), threshold)) if threshold is not None and len(rows)>1 else {}
     return dict(n=len(rows), **(diversity_facts(said, vectors, prompt, most_words)|counted), **good, **reason_rates(reasons), **means,
         words=float(np.mean([len(words(t)) for t in said])), opener=float(np.mean([has_opener(t) for t in said])))
 

@@ -10,6 +10,7 @@ import hashlib
 from typing import Literal
 import numpy as np
 from fastcore.basics import patch
+from scipy.optimize import brentq
 from .weights import capped
 
 # %% ../nbs/core/13_sampler.ipynb #cell-8
@@ -90,6 +91,16 @@ def hits(self:Sampler,
 )->np.ndarray: # Positions in `self.order`
     "Which prompts lie at these places"
     return np.minimum(np.searchsorted(self.ends, places*self.ends[-1], side='right'), len(self.probs)-1)
+
+# %% ../nbs/core/13_sampler.ipynb #55f4b624
+@patch
+def shares(self:Sampler)->np.ndarray: # (n,) summing to 1
+    "How often each prompt comes, as a share of all draws; for independent throws without replacement by Rosén's approximation (1997)"
+    if self.how=='systematic' or self.replacement: return self.probs/self.probs.sum()
+    if self.size>=(self.probs>0).sum(): return (self.probs>0)/self.size
+    def drawn(log_time): return -np.expm1(-self.probs*np.exp(log_time))
+    time = brentq(lambda t: drawn(t).sum()-self.size, -10, 60)
+    return drawn(time)/drawn(time).sum()
 
 # %% ../nbs/core/13_sampler.ipynb #cell-19
 @patch

@@ -32,7 +32,7 @@ def decided(groups, embed, judged):
                 gold = dict(gold=float(rng.normal() if t in HEALTHY[p] else -6.)) if judged else {}
                 yield dict(policy='p', arm='p', seed=0, step=step, prompt_id=names[p], sample=i, completion=t, **gold)
     rows = measure_prompts([*samples(0, HEALTHY), *samples(1, groups)], [dict(id=i, prompt=p, lang='en') for p, i in names.items()], embed, embed)
-    return [{m: float(np.mean([r[m] for r in rows if r['step'] == step])) for m in ('diversity', 'diversity_2', 'diversity_trimmed', 'uncounted')} for step in (0, 1)]
+    return [{m: float(np.mean([r[m] for r in rows if r['step'] == step])) for m in ('diversity', 'diversity_2', 'diversity_trimmed', 'effective_diversity', 'uncounted') if m in rows[0]} for step in (0, 1)]
 
 QUALITY = ('all misspelt', 'one answer, misspelt', 'one answer behind odd words', 'all behind odd words', 'two off the topic', 'all off the topic', 'all one odd word')       # a judge alone can tell
 
@@ -40,7 +40,7 @@ QUALITY = ('all misspelt', 'one answer, misspelt', 'one answer behind odd words'
 def test_no_attack_lifts_the_measure_that_decides(name, embed):
     groups = attacked({p: list(c) for p, c in HEALTHY.items()}, ATTACKS[name])
     healthy, spoiled = decided(groups, embed, judged=name in QUALITY)
-    for measure in ('diversity', 'diversity_2', 'diversity_trimmed'): assert spoiled[measure] <= healthy[measure]+.03, (measure, healthy, spoiled)
+    for measure in ('diversity', 'diversity_2', 'diversity_trimmed', 'effective_diversity')[:None if name in QUALITY else 3]: assert spoiled[measure] <= healthy[measure]+.03, (measure, healthy, spoiled)
     assert healthy['uncounted'] == 0 and healthy['diversity'] > .3
 
 def test_an_empty_completion_is_no_way_of_being_different(embed):

@@ -64,12 +64,12 @@ def test_vectors_are_made_once(tmp_path, monkeypatch):
 def test_a_language_the_embedder_cannot_read_is_compared_with_itself(tmp_path, capsys):
     path = write_prompts(tmp_path, ENGLISH+CHINESE)
     within = density_of(tmp_path, path)
-    assert read_manifest(within)['facts']['compared_within'] == ['cjk'] and 'unknown to all-MiniLM-L6-v2' in capsys.readouterr().out
+    assert read_manifest(within)['facts']['compared_within'] == ['zh'] and 'unknown to all-MiniLM-L6-v2' in capsys.readouterr().out
     def chinese_mass(out):
         logs = np.array(list(read_density(out).values()))
         return sampling_weights(logs, solve_alpha(logs, .5))[30:].sum()
     kept = chinese_mass(within)
-    naive = chinese_mass(density_of(tmp_path, path, unknown_limit=1., density_path=str(tmp_path/'naive.parquet')))
+    naive = chinese_mass(density_of(tmp_path, path, languages='across', density_path=str(tmp_path/'naive.parquet')))
     assert naive < .3 and abs(kept-.5) < .05
 
 def test_multiplicity_reaches_the_density(tmp_path):
@@ -105,3 +105,15 @@ def test_the_map_escapes_prompts():
 def test_shares_that_are_none_are_refused_at_once(tmp_path, flag):
     write_prompts(tmp_path, ['A?', 'B?', 'C?'])
     with pytest.raises(ValueError, match='give a number in'): make_density(make_config(DensityConfig, 'demo', root=str(tmp_path), **flag))
+
+GERMAN = [ask.format(thing) for ask in ('Wie kocht oder benutzt man eigentlich {} am besten?', 'Wo kann man heute noch in der Stadt {} kaufen?', 'Was ist die lange Geschichte hinter dem Wort {}?') for thing in
+    ('Reis', 'ein Fahrrad', 'das Klavier', 'Orangen', 'Wolle', 'einen Leuchtturm', 'Käse', 'ein Fernrohr', 'Schach', 'die Tomate')]
+
+def test_languages_get_their_share_by_default(tmp_path):
+    "The same thirty questions in two languages, of which the embedder knows every token"
+    longer = [t.replace('?', ' when there is not much time in the morning?') for t in ENGLISH]
+    path = write_prompts(tmp_path, longer+GERMAN)
+    def german_mass(**given):
+        logs = np.array(list(read_density(density_of(tmp_path, path, **given)).values()))
+        return sampling_weights(logs, solve_alpha(logs, .5))[30:].sum()
+    assert abs(german_mass()-.5) < .05 < abs(german_mass(languages='across', density_path=str(tmp_path/'across.parquet'))-.5)
