@@ -96,7 +96,7 @@ def hits(self:Sampler,
 @patch
 def shares(self:Sampler)->np.ndarray: # (n,) summing to 1
     "How often each prompt comes, as a share of all draws; for independent throws without replacement by Rosén's approximation (1997)"
-    if self.how=='systematic' or self.replacement: return self.probs/self.probs.sum()
+    if self.how=='systematic' or self.replacement: return self.probs
     if self.size>=(self.probs>0).sum(): return (self.probs>0)/self.size
     def drawn(log_time): return -np.expm1(-self.probs*np.exp(log_time))
     time = brentq(lambda t: drawn(t).sum()-self.size, -10, 60)
