@@ -34,8 +34,8 @@ class CompareConfig(StageConfig):
     out_path:str = where('outs/compare') # Where the comparison goes
 
     def inputs(self):
-        ledger = [str(ledger_of(self.plan_path))] if self.plan_path and ledger_of(self.path(self.plan_path)).exists() else []
-        return dict(eval=self.eval_path, **(dict(plan=self.plan_path) if self.plan_path else {}), **{'plan_runs':p for p in ledger})
+        plan = dict(plan=self.plan_path, plan_runs=str(ledger_of(self.plan_path))) if self.plan_path else {}
+        return dict(eval=self.eval_path, **{kind:p for kind,p in plan.items() if kind!='plan_runs' or self.path(p).exists()})
     def outputs(self): return [self.out_path]
 
 # %% ../nbs/core/75_compare.ipynb #cell-7

@@ -110,8 +110,8 @@ def prompt_languages(
 )->list: # Code or script of each; prompts too short to tell are taken for the commonest language of their script
     "The languages of prompts, as far as they are known"
     told = [(language_of(p), prompt_language(dict(p, prompt=p['prompt'][:500]))) for p in tqdm(prompts, desc='telling languages', disable=len(prompts)<20_000)]
-    common = {where:Counter(code for s,code in told if s==where and code).most_common(1) for where,_ in told}
-    return [where if p.get('meta', {}).get('lang') else code or (common[where][0][0] if common[where] else where) for p,(where,code) in zip(prompts, told)]
+    common = {where:code for (where,code),_ in reversed(Counter(pair for pair in told if pair[1]).most_common())}
+    return [where if p.get('meta', {}).get('lang') else code or common.get(where, where) for p,(where,code) in zip(prompts, told)]
 
 def languages_apart(
     languages:list, # From `prompt_languages`

@@ -9,8 +9,8 @@ __all__ = ['FIELDS', 'ledger_of', 'whole_lines', 'add_entry', 'head_of', 'entere
 import fcntl, os
 from contextlib import contextmanager
 from pathlib import Path
-from .files import file_hash, json_line, parse_line, raise_if_full, sentence, text_hash
-from .runs import git
+from .files import check_fields, file_hash, json_line, parse_line, raise_if_full, sentence, text_hash
+from .runs import git, is_committed
 
 # %% ../nbs/core/10_ledger.ipynb #b6a563c3
 def ledger_of(
@@ -69,7 +69,7 @@ def entered(
         raise
 
 # %% ../nbs/core/10_ledger.ipynb #f1fb1223
-FIELDS = dict(begun=('run','plan','head','config','after'), complete=('run','result','after'), stopped=('run','reason','after'))
+FIELDS = dict(begun=dict(run=str, plan=str, head=str, config=dict, after=str), complete=dict(run=str, result=str, after=str), stopped=dict(run=str, reason=str, after=str)) # Of each event
 
 def read_ledger(
     plan:Path, # Pre-registration
@@ -78,11 +78,12 @@ def read_ledger(
     path,entries = ledger_of(plan),[]
     if not path.exists(): return []
     for i,line in enumerate(whole_lines(path.read_bytes()), 1):
+        place,remedy = f'{path}, line {i}','take the file back from the history'
         try: entry = parse_line(line)
-        except ValueError as error: raise ValueError(f'{path}, line {i}: {error}; take the file back from the history.') from error
-        wanted = FIELDS.get(entry.get('event'), ('event',))
-        if lacking := [k for k in wanted if k not in entry or not isinstance(entry[k], dict if k=='config' else str)]: raise ValueError(f'{path}, line {i} has no {lacking[0]} that can be read; take the file back from the history.')
-        entries.append(entry)
+        except ValueError as error: raise ValueError(f'{place}: {error}; {remedy}.') from error
+        event = check_fields(entry, dict(event=str), place, remedy)['event']
+        if event not in FIELDS: raise ValueError(f'{place}: event is {event!r}, and one of {", ".join(FIELDS)} is wanted; {remedy}.')
+        entries.append(check_fields(entry, FIELDS[event], place, remedy))
     return entries
 
 def ledger_faults(
@@ -105,5 +106,4 @@ def is_kept(
 )->bool: # Whether the history has the ledger as it is
     "Is the ledger committed?"
     path = ledger_of(plan)
-    found = git(path, 'show', f'HEAD:./{path.name}')
-    return path.exists() and found.returncode==0 and found.stdout==path.read_bytes()
+    return path.exists() and is_committed(path, 'HEAD')

@@ -25,16 +25,16 @@ def measure_prompt(
     rows:list, # Samples of one prompt
     vectors:np.ndarray, # (K, width) their embeddings
     prompt:np.ndarray, # (width,) embedding of the prompt
+    reasons:list, # (K,) from `reasons_of`
     threshold:float=None, # Median gold reward of the reference on this prompt, where it is known
     most_words:int=96, # Words that are compared
-    about:dict={}, # The prompt: `prompt`, and `lang` where it is known
     floor:float=-np.inf, # Gold reward below which a completion does not count
 )->dict: # Measure → value
     "Measure the completions of one prompt"
     said,drift = [r['completion'] for r in rows],'exact_kl' if 'exact_kl' in rows[0] else 'kl'
     means = {k:float(np.mean([r[k] for r in rows])) for k in MEANS if all(k in r for r in rows)}
     if all(drift in r for r in rows): means['kl'] = float(np.mean([r[drift] for r in rows]))
-    reasons,gold = reasons_of(said, about),[r['gold'] for r in rows] if threshold is not None else []
+    gold = [r['gold'] for r in rows] if threshold is not None else []
     rest = prompt_residual(vectors[same_text(said)], prompt)
     counted = counted_facts(rest, reasons, gold, floor)
     good = dict(effective_diversity=effective_diversity(rest, np.where([not r for r in reasons], gold, -np.inf), threshold)) if threshold is not None and len(rows)>1 else {}
@@ -107,9 +107,10 @@ def measure_prompts(
     for (policy,arm,seed,step,name),rows in tqdm(groups.items(), desc='measuring', disable=len(groups)<500):
         said,at = [r['completion'] for r in rows],[place[cut(r['completion'])] for r in rows]
         floor = medians[name]-low if name in medians else -np.inf
-        counted = reasons_of(said, records[name]),[r['gold'] for r in rows] if name in medians else [],floor
+        reasons = reasons_of(said, records[name])
+        counted = reasons,[r['gold'] for r in rows] if name in medians else [],floor
         more = dict(diversity_2=spread(two, said, name, *counted), diversity_body=spread(one, list(map(strip_opener, said)), name, *counted)) if len(rows)>1 else {}
-        facts = measure_prompt(rows, one[at], one[place[asked[name]]], medians.get(name), most_words, records[name], floor)|more
+        facts = measure_prompt(rows, one[at], one[place[asked[name]]], reasons, medians.get(name), most_words, floor)|more
         found.append(dict(policy=policy, arm=arm, seed=seed, step=step, prompt_id=name, **{k:v for k,v in facts.items() if name not in strange or k not in EMBEDDED}))
     return found
 

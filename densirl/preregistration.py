@@ -7,7 +7,6 @@ __all__ = ['UNSEEN', 'is_before', 'why_unplanned', 'open_settings', 'fate', 'acc
            'PlanConfig', 'whole_plan', 'make_plan']
 
 # %% ../nbs/core/74_preregistration.ipynb #b8af8074
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,11 +14,11 @@ from tyro.conf import Suppress
 from .config import StageConfig, make_config, science, where
 from .files import file_hash, write_json
 from .grpo import GrpoConfig
-from .ledger import head_of, ledger_faults, ledger_of, read_ledger
+from .ledger import ledger_faults, ledger_of, read_ledger
 from .mode_collapse import EvalConfig
 from .policies import arm_name
 from .run_folders import run_name
-from .runs import git, is_committed, registered
+from .runs import git, is_committed
 from .verdict import PROTOCOL, Plan, read_plan
 
 # %% ../nbs/core/74_preregistration.ipynb #c5310f11
@@ -86,7 +85,7 @@ def account(
     places = dict.fromkeys(p for p in about.values() if p[0] in arms)
     return dict(planned=len(planned), compared=len(there), missing=[dict(arm=a, seed=s, reason=fate(of((a, s)))) for a,s in planned if (a, s) not in there],
         unplanned=[dict(arm=a, seed=s) for a,s in dict.fromkeys((*sorted(there), *places)) if s not in plan.seeds],
-        repeated=[dict(arm=a, seed=s, runs=different((a, s))) for a,s in places if different((a, s))>1],
+        repeated=[dict(arm=a, seed=s, runs=runs) for a,s in places if (runs := different((a, s)))>1],
         other_arms=sorted({a for a,_ in about.values()}-set(arms)), amended=len({e['run'] for e in entries if e['event']=='begun' and e['plan']!=version}))
 
 def account_sentences(
@@ -112,19 +111,19 @@ def why_exploratory(
     factor:tuple, # Settings in which the arms were allowed to differ
 )->tuple: # Sentences, empty where everything was said beforehand; the account
     "What keeps a comparison from being confirmatory"
-    entries,heads,said = read_ledger(path),{},[]
+    entries,version = read_ledger(path),file_hash(path)
+    heads,clauses,compared = {},{},{}
     for e in entries:
-        if e['event']=='begun' and e['plan']==file_hash(path): heads.setdefault(e['run'], []).append(e['head'])
-    clauses,compared = {},{}
+        if e['event']=='begun' and e['plan']==version: heads.setdefault(e['run'], []).append(e['head'])
     for run in policies:
         compared.setdefault(run['arm'], []).append(run['seed'])
         if why := why_unplanned(run, path, heads): clauses.setdefault(why, []).append(run['name'])
-    for why,names in clauses.items(): said.append(f'{", ".join(names[:3])}{f" and {len(names)-3} more" if len(names)>3 else ""} {"was" if len(names)==1 else "were"} {why}.')
+    said = [f'{", ".join(names[:3])}{f" and {len(names)-3} more" if len(names)>3 else ""} {"was" if len(names)==1 else "were"} {why}.' for why,names in clauses.items()]
     if not plan.seeds: said.append('The plan names no seeds.')
     judges,seeds = {run['inputs']['rm'] for run in policies if 'rm' in run.get('inputs', {})},{run['seed'] for run in policies}
     if judges and len(judges)<len(seeds): said.append(f'{len(seeds)} seeds share {len(judges)} reward model{"s" if len(judges)>1 else ""}, so that intervals leave out what another would do.')
     if any(run['inputs'].get('prompts', evaluation['prompts'])!=evaluation['prompts'] for run in policies if evaluation.get('prompts') and run.get('inputs')): said.append('The evaluation read another file of prompts than the runs.')
-    found = account(plan, file_hash(path), compared, entries)
+    found = account(plan, version, compared, entries)
     return said+open_settings(plan, evaluation['settings'], factor)+(account_sentences(found) if plan.seeds else [])+ledger_faults(path),found
 
 # %% ../nbs/core/74_preregistration.ipynb #1389a8b4

@@ -59,10 +59,9 @@ def mean_ratio(
     other:dict, # Of the other half, with terms that the first half has chosen
 )->dict: # ratio, low, high, log, p, events, seeds, estimable
     "The mean of two ratios that lean on each other: as wide as if they rose and fell as one, and p twice the mean p (Rüschendorf 1982)"
-    pair = (one, other)
-    log,low,high = (float(np.mean([f(r) for r in pair])) for f in (lambda r: r['log'], lambda r: np.log(max(r['low'], 1e-300)), lambda r: np.log(max(r['high'], 1e-300))))
-    return dict(ratio=float(np.exp(log)), low=float(np.exp(low)), high=float(np.exp(high)), log=log, p=float(np.minimum(one['p']+other['p'], 1)), events=one['events']+other['events'], seeds=one['seeds'],
-        estimable=one['events']+other['events']>=FEWEST and all(np.isfinite(r['log']) for r in pair))
+    log,events = (one['log']+other['log'])/2,one['events']+other['events']
+    low,high = (float(np.exp(np.log(np.maximum([one[k], other[k]], 1e-300)).mean())) for k in ('low','high'))
+    return dict(ratio=float(np.exp(log)), low=low, high=high, log=log, p=float(np.minimum(one['p']+other['p'], 1)), events=events, seeds=one['seeds'], estimable=bool(events>=FEWEST and np.isfinite(log)))
 
 def half_of(
     prompt:str, # Name of a prompt

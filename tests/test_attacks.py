@@ -40,7 +40,7 @@ QUALITY = ('all misspelt', 'one answer, misspelt', 'one answer behind odd words'
 def test_no_attack_lifts_the_measure_that_decides(name, embed):
     groups = attacked({p: list(c) for p, c in HEALTHY.items()}, ATTACKS[name])
     healthy, spoiled = decided(groups, embed, judged=name in QUALITY)
-    for measure in ('diversity', 'diversity_2', 'diversity_trimmed', 'effective_diversity')[:None if name in QUALITY else 3]: assert spoiled[measure] <= healthy[measure]+.03, (measure, healthy, spoiled)
+    for measure in healthy.keys()-{'uncounted'}: assert spoiled[measure] <= healthy[measure]+.03, (measure, healthy, spoiled)
     assert healthy['uncounted'] == 0 and healthy['diversity'] > .3
 
 def test_an_empty_completion_is_no_way_of_being_different(embed):
