@@ -52,7 +52,7 @@ def beside(
 )->list: # Their paths
     "Further files of a stage, which carry the name of the first where that is not the usual one"
     start = Path(path).name.split('.json')[0]
-    return [str(Path(path).with_name(name if start==usual else f'{start}.{name}')) for name in names]
+    return [str(Path(path).parent/(name if start==usual else f'{start}.{name}')) for name in names]
 
 @dataclass(frozen=True)
 class StageConfig:

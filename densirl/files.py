@@ -179,7 +179,7 @@ def json_line(
 )->bytes: # UTF-8 that ends in a line end
     "One record as a line"
     try: return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
-    except orjson.JSONEncodeError: return (json.dumps(record, ensure_ascii=False)+'\n').encode('utf-8', 'backslashreplace')
+    except orjson.JSONEncodeError: return (json.dumps(finite(record), ensure_ascii=False, allow_nan=False)+'\n').encode('utf-8', 'backslashreplace')
 
 def write_jsonl(
     path:Path, # File to write; `.gz` and `.zst` compress

@@ -7,7 +7,7 @@ __all__ = ['FEWEST', 'by_prompt', 'influences', 'rate_interval', 'log_ratios', '
 
 # %% ../nbs/core/14_rates.ipynb #cell-3
 import numpy as np
-from .crossed import crossed_interval
+from .crossed import critical, crossed_interval
 
 # %% ../nbs/core/14_rates.ipynb #cell-6
 FEWEST = 80 # Events below which a rate is not estimable
@@ -41,7 +41,8 @@ def rate_interval(
     if not n: return dict(rate=float('nan'), low=float('nan'), high=float('nan'), **facts)
     if not y: return dict(rate=0., low=0., high=float(per*(1-(.5-level/2)**(1/len(table)))), **facts)
     row = crossed_interval(len(table)*np.array([list(influences(table).values())]), level)
-    rate,low,high = per*y/n*np.exp([0, row['low'], row['high']])
+    even,bent = (critical(.5+level/2, row['df'], skew)[1]*row['se'] for skew in (0., row['skew']))
+    rate,low,high = per*y/n*np.array([1, np.exp(-even), max(np.exp(even), 1+bent)])
     return dict(rate=float(rate), low=float(low), high=float(high), se=row['se'], **facts)
 
 # %% ../nbs/core/14_rates.ipynb #cell-11

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 from .config import StageConfig, command_line
-from .files import file_hash, half_made, need, raise_if_full, read_json, remove_halves, text_hash, write_json
+from .files import file_hash, half_made, json_line, need, raise_if_full, read_json, remove_halves, text_hash, write_json
 from .runs import (changed_inputs, checkpoint_home, content_hashes, environment, has_key, is_counted, is_file_name, is_model, is_unchanged,
     manifest_path, read_log, read_manifest, registered, run_key, up_to_date)
 
@@ -236,7 +236,7 @@ class Run:
         if name not in LOGS: raise ValueError(f'No log is called {name!r}; give one of {", ".join(LOGS)}.')
         path = self.folder/f'{name}.jsonl'
         try:
-            with open(path, 'a', encoding='utf-8') as file: file.write(json.dumps(record, ensure_ascii=False)+'\n')
+            with open(path, 'ab') as file: file.write(json_line(record))
         except OSError as error:
             raise_if_full(error, path)
             raise
