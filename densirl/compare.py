@@ -221,5 +221,6 @@ def make_compare(
     found = comparison(read_json(folder/'eval.json'), list(read_jsonl(folder/'prompts.jsonl')), list(read_jsonl(folder/'per_prompt.jsonl')), read_plan(path) if path else Plan(), cfg.factor, path, read_manifest(folder).get('inputs', {}).get('prompts', ''))
     with open_run(cfg) as run: write_json(run.folder/'compare.json', found)
     print(f'verdict: {found["verdict"] or "none, one seed describes"}{" (exploratory)" if found["exploratory"] else ""}; {" ".join(found["why"])}', flush=True)
+    if found['exploratory']: print(f'exploratory, because: {" ".join(found["exploratory"])}', flush=True)
     if path and not is_kept(path): print(f'{ledger_of(path).name} is not committed as it is; commit it with the results', flush=True)
     return out

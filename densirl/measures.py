@@ -145,7 +145,7 @@ def show_means(
     for name,step in last_steps(rows).items():
         at = [r for r in rows if (r['policy'],r['step'])==(name, step)]
         found = {m:mean_interval([r[m] for r in at if m in r], bounds=(0, 1) if m in ('lexical_distance','uncounted',*REASONS) else (-np.inf, np.inf)) for m in metrics}
-        print(f'{name}, step {step}: '+', '.join(f"{m} {v['mean']:.3f}"+(f" [{v['low']:.3f}, {v['high']:.3f}]" if v['n']>1 else '') for m,v in found.items() if v['n']), flush=True)
+        print(f'{name}, step {step}: '+', '.join(f"{m} {v['mean']:z.3f}"+(f" [{v['low']:z.3f}, {v['high']:z.3f}]" if v['n']>1 else '') for m,v in found.items() if v['n']), flush=True)
 
 # %% ../nbs/core/62_measures.ipynb #cell-17
 def describe_draws(
