@@ -28,7 +28,7 @@ class CompareConfig(StageConfig):
     "Pair the arms of an evaluation and decide"
     stage:ClassVar[str] = 'compare'
     module:ClassVar[str] = 'compare'
-    factor:tuple[str,...] = ('density_aware',) # The setting in which treated and control may differ; of arms such as pairs or dense, two: density_aware draw, or density_aware alpha
+    factor:tuple[str,...] = ('density_aware',) # In what treated and control may differ: a setting, rm for another reward model; of arms such as pairs or dense, two: density_aware draw, or density_aware alpha
     eval_path:str = where('outs/eval') # Evaluation
     plan_path:str = where('') # Pre-registration that the runs were given; without one the outcome is exploratory
     out_path:str = where('outs/compare') # Where the comparison goes
@@ -46,9 +46,9 @@ def differences(
 )->list: # Names of what differs besides
     "In what two runs differ, besides what they may"
     (one,two),(read,also) = ([run.get(k, {}) for run in (a, b)] for k in ('config','inputs'))
-    settings = [k for k in one.keys()|two.keys() if k not in free and one.get(k)!=two.get(k)]
+    settings = [k for k in one.keys()|two.keys() if k not in ('arm',*free) and one.get(k)!=two.get(k)]
     unread = {'density'} if not (one.get('density_aware') and two.get('density_aware')) else set()
-    inputs = [k for k in (read.keys()|also.keys())-unread if read.get(k)!=also.get(k) and (a['seed']==b['seed'] or k in ('prompts','density'))]
+    inputs = [k for k in (read.keys()|also.keys())-unread-set(free) if read.get(k)!=also.get(k) and (a['seed']==b['seed'] or k in ('prompts','density'))]
     return sorted(settings)+sorted(inputs)+[k for k in ('code','dtype','ranks') if a.get(k)!=b.get(k)]
 
 def refuse(
@@ -68,12 +68,12 @@ def check_arms(
     if len({plan.treated, plan.control, plan.placebo})<3: raise ValueError(f'treated, control and placebo are {plan.treated}, {plan.control} and {plan.placebo}; give three different arms.')
     for seed,run in arms[plan.treated].items():
         refuse(differences(run, arms[plan.control][seed], factor), run, ' and '.join(factor))
-        if other := arms.get(plan.placebo, {}).get(seed): refuse(differences(other, run, ('placebo',)), other, 'placebo')
+        if other := arms.get(plan.placebo, {}).get(seed): refuse(differences(other, run, ('placebo',*({'rm'}&set(factor)))), other, 'placebo')
     for runs in arms.values():
         for run in runs.values(): refuse(differences(run, runs[min(runs)], ('seed',)), run, 'seed')
     def changed(run, other):
         a,b = run.get('config', {}),other.get('config', {})
-        return {k:(a.get(k), b.get(k)) for k in dict.fromkeys((*a, *b)) if a.get(k)!=b.get(k) and k!='seed'}
+        return {k:(a.get(k), b.get(k)) for k in dict.fromkeys((*a, *b)) if a.get(k)!=b.get(k) and k not in ('seed','arm')}
     return {arm:changed(runs[min(runs)], arms[plan.control][min(runs)]) for arm,runs in arms.items() if arm!=plan.control}
 
 # %% ../nbs/core/75_compare.ipynb #cell-13
@@ -204,6 +204,7 @@ def comparison(
     changed,runs = check_arms(arms, plan, factor),[run for by_seed in arms.values() for run in by_seed.values()]
     evaluation = dict(settings=dict(found['settings'], n_prompts=found['prompts']['n']), prompts=asked_from)
     unplanned,runs_of_plan = why_exploratory(path, plan, runs, evaluation, factor) if path else (['No plan was registered.'], {})
+    plan = replace(plan, factor=tuple(factor))
     numbers = estimates(study, plan)
     word,why = decide(numbers, plan)
     def each(key, empty): return {arm:[by_seed[s].get(key, empty) for s in study.seeds if s in by_seed] for arm,by_seed in arms.items()}

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 import numpy as np
 import torch
-from .config import command_line, where, within
+from .arms import check_arm_name
+from .config import command_line, science, where, within
 from .data import read_folds, read_pairs, read_prompt_records, select_pairs
 from .dist import Ranks, gather, join_ranks, mean_of
 from .draws import Draws, policy_densities, stored_densities
@@ -50,6 +51,7 @@ class GrpoConfig(LookConfig):
             max_new_tokens=6, eval_every=1, eval_prompts=6, eval_samples=2, device_batch_size=8))
     dtype:Literal['auto','float32','bfloat16'] = 'auto' # Precision of products; auto measures once and keeps it, for all runs of a study
     objective:Literal['groups','pairwise'] = 'groups' # Groups of the policy's own completions, or the original note's pairs
+    arm:str = '' # Name of the arm in comparisons; empty is that of how prompts are drawn
     rewards:str = 'rm=1' # Sources and their weights: rm is the reward model, package.module.function one of your own
     reward_scale:Literal['given','group'] = 'given' # Add sources as they are, or each in standard deviations of its group
     reward_weights:str = '' # Weights of a reward model's heads, such as hh=1,uf=0.5; empty weighs all alike
@@ -76,7 +78,7 @@ class GrpoConfig(LookConfig):
     def other_arm(self)->list:
         "What sets this arm apart from the two usual ones, for the name of its folder"
         marks = dict(pairs=self.draw=='pairs', refreshed=self.refresh_every, pairwise=self.objective=='pairwise')
-        return [n for n,given in marks.items() if given]+[f'{n}_{getattr(self, n)}' for n,usual in dict(placebo='none', alpha='solve', schedule='constant').items() if getattr(self, n)!=usual]
+        return [self.arm]*bool(self.arm)+[n for n,given in marks.items() if given]+[f'{n}_{getattr(self, n)}' for n,usual in dict(placebo='none', alpha='solve', schedule='constant').items() if getattr(self, n)!=usual]
 
 # %% ../nbs/03_grpo.ipynb #cell-14
 GROUPS_ALONE = ('variant','advantages','kl','kl_in','kl_ratio','clip_low','clip_high','updates','entropy_bonus','diversity_bonus','cut_counts','resample','reward_scale')
@@ -85,6 +87,8 @@ def check_settings(
     cfg:GrpoConfig, # Settings
 )->None:
     "Refuse settings that contradict each other, before anything is moved or loaded"
+    check_arm_name(science(cfg))
+    eval_steps(cfg)
     groups,usual = cfg.objective=='groups',{f.name:f.default for f in fields(GrpoConfig)}|GrpoConfig.profiles.get(cfg.profile, {})
     idle = ', '.join(f'--{n}' for n in GROUPS_ALONE if getattr(cfg, n)!=usual[n])
     wrong = [text for bad,text in (

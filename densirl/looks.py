@@ -24,6 +24,7 @@ from .updates import Models, UpdateConfig, roll_out
 class LookConfig(UpdateConfig):
     "When a policy is looked at while it is trained"
     eval_every:int = 250 # Steps between evaluations on held-out prompts; before the first there are more, since entropy goes early
+    eval_at:str = '' # Steps after which to evaluate, with commas, instead of every eval_every; the first and the last are always there
     eval_prompts:int = 100 # Held-out prompts
     eval_samples:int = 4 # Completions of each held-out prompt
     keep_weights:Switch = where(False) # Whether each evaluation also keeps the policy, in snapshots/
@@ -43,9 +44,14 @@ def held_out_prompts(
 def eval_steps(
     cfg:LookConfig, # Settings
 )->set: # Steps after which the policy is looked at
-    "Every `eval_every` steps and at the end; within the first interval also at its half, quarter and eighth"
+    "Those that were asked for; otherwise every `eval_every` steps, and within the first interval also at its half, quarter and eighth; always before the first and after the last"
     early = {cfg.eval_every//2**i for i in (1,2,3)}
-    return {0, cfg.max_steps, *range(cfg.eval_every, cfg.max_steps, cfg.eval_every), *(s for s in early if 0<s<cfg.max_steps)}
+    steps = {*range(cfg.eval_every, cfg.max_steps, cfg.eval_every), *(s for s in early if 0<s<cfg.max_steps)}
+    if cfg.eval_at:
+        try: steps = {int(s) for s in cfg.eval_at.split(',')}
+        except ValueError as error: raise ValueError(f'eval_at is {cfg.eval_at!r}; give steps with commas between, such as 1,2,4,8.') from error
+        if odd := [s for s in steps if not 0<=s<=cfg.max_steps]: raise ValueError(f'eval_at names step {odd[0]}, and there are {cfg.max_steps}; give steps from 0 to {cfg.max_steps}.')
+    return {0, cfg.max_steps, *steps}
 
 # %% ../nbs/core/53_looks.ipynb #cell-11
 @torch.no_grad()

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 from tyro.conf import Suppress
+from .arms import arm_name
 from .config import StageConfig, make_config, science, where
 from .files import file_hash, write_json
 from .grpo import GrpoConfig
 from .ledger import ledger_faults, ledger_of, read_ledger
 from .mode_collapse import EvalConfig
-from .policies import arm_name
 from .run_folders import run_name
 from .runs import git, is_committed
 from .verdict import PROTOCOL, Plan, read_plan
