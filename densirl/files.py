@@ -6,8 +6,8 @@
 __all__ = ['BUFFER', 'HALF', 'BROKEN', 'KIND', 'MADE_BY', 'WHAT', 'repo_root', 'open_bytes', 'packed_bytes', 'raise_if_full',
            'locked_half', 'half_made', 'remove_halves', 'atomic', 'finite', 'with_nan', 'write_json', 'once',
            'read_json', 'json_line', 'write_jsonl', 'parse_line', 'refuse_broken', 'read_lines', 'read_jsonl',
-           'check_fields', 'remedy', 'need', 'sentence', 'bytes_hash', 'file_hash', 'text_hash', 'whole_records',
-           'read_or_make']
+           'check_fields', 'remedy', 'need', 'sentence', 'bytes_hash', 'file_hash', 'content_hash', 'text_hash',
+           'whole_records', 'read_or_make']
 
 # %% ../nbs/core/01_files.ipynb #cell-3
 import errno, fcntl, glob, gzip, hashlib, io, json, math, os, shutil, tempfile, zlib
@@ -301,6 +301,15 @@ def file_hash(
     "SHA-256 of a file's bytes, computed once while the file stays as it is"
     stat = Path(path).stat()
     return bytes_hash(str(path), stat.st_mtime_ns, stat.st_size)
+
+def content_hash(
+    path:Path, # File to read; `.gz` and `.zst` are unpacked
+)->str: # 64 hex digits
+    "SHA-256 of what a file holds, packed or not"
+    found = hashlib.sha256()
+    with open_bytes(path) as file:
+        while part := file.read(BUFFER): found.update(part)
+    return found.hexdigest()
 
 def text_hash(
     text:str, # Any text

@@ -15,6 +15,7 @@ import torch
 from .files import half_made, need, read_json, write_json
 from .folders import adapter_base, check_folder, check_tensors, is_adapter, loading, refuse_missing
 from .run_folders import alone
+from .runs import read_manifest
 from .tokens import (TEMPLATE, chat_format, encode_completion, encode_prompt, id_list, load_tokenizer, prompt_messages, quiet_transformers,
     separate_padding, tiny_tokenizer)
 
@@ -125,7 +126,8 @@ def start_path(
 )->str: # What `from_pretrained` takes
     "The hub name as it is, if the hub knows it, or the folder, which must exist and be a whole model or an adapter"
     if not is_hub_name(name):
-        check_folder(need(path, kind))
+        if read_manifest(need(path, kind)).get('kept'): raise FileNotFoundError(f'The run at {path} was kept without its weights; evaluate what it said with --samples looks, or train it again.')
+        check_folder(path)
         return str(path)
     from transformers import AutoConfig
     try: AutoConfig.from_pretrained(name)

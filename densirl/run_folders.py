@@ -6,7 +6,7 @@
 __all__ = ['STOPPING', 'LOGS', 'runs_of', 'run_name', 'file_names', 'parts_of', 'refuse_place', 'unknown_files', 'stage_at',
            'refuse_inside', 'refuse_unknown', 'lock_of', 'alone', 'move_file', 'finish_placing', 'settled', 'place',
            'drop_worthless', 'Run', 'output_names', 'check_places', 'inputs_from', 'say_changed', 'last_step',
-           'own_folder', 'newest_log', 'take_back', 'is_done', 'is_made', 'was_run_before', 'open_run']
+           'own_folder', 'newest_log', 'take_back', 'is_done', 'is_made', 'was_run_before', 'open_run', 'keep_run']
 
 # %% ../nbs/core/10_run_folders.ipynb #cell-3
 import errno, fcntl, json, os, shutil, time
@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 from .config import StageConfig, command_line
-from .files import file_hash, half_made, json_line, need, raise_if_full, read_json, remove_halves, text_hash, write_json
-from .runs import (changed_inputs, checkpoint_home, content_hashes, environment, has_key, is_counted, is_file_name, is_model, is_unchanged,
+from .files import atomic, file_hash, half_made, json_line, need, open_bytes, raise_if_full, read_json, remove_halves, text_hash, write_json
+from .runs import (changed_inputs, checkpoint_home, content_hashes, environment, has_key, input_hash, is_counted, is_file_name, is_model, is_unchanged,
     manifest_path, read_log, read_manifest, registered, run_key, up_to_date)
 
 # %% ../nbs/core/10_run_folders.ipynb #cell-6
@@ -392,3 +392,19 @@ def open_run(
             raise
         if checkpoint_home(run.folder).exists(): shutil.rmtree(checkpoint_home(run.folder))
         place(outputs, run.folder, cfg.path('.'))
+
+# %% ../nbs/core/10_run_folders.ipynb #71da9907
+def keep_run(
+    folder:Path, # Complete run of `densirl grpo`
+    place:Path, # Folder to keep it in
+)->Path: # The same folder
+    "Keep what a run logged, packed, with its manifest and without its weights"
+    folder,place = Path(folder),Path(place)
+    input_hash(folder, 'grpo')
+    manifest = read_manifest(folder)
+    logs = [f'{name}.jsonl' for name in LOGS if (folder/f'{name}.jsonl').exists() or (folder/f'{name}.jsonl.gz').exists()]
+    for name in logs:
+        whole = folder/name
+        with open_bytes(whole if whole.exists() else folder/f'{name}.gz') as file, atomic(place/f'{name}.gz', 'wb') as packed: shutil.copyfileobj(file, packed)
+    write_json(place/'manifest.json', {k:v for k,v in manifest.items() if k!='reads'}|dict(kept=[name for name in logs if name in manifest['outputs']]))
+    return place

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 import densirl
 from .config import FILE_ENDINGS, StageConfig, digest, science
-from .files import HALF, WHAT, file_hash, need, read_json, read_jsonl, remedy, text_hash
+from .files import HALF, WHAT, content_hash, file_hash, need, read_json, read_jsonl, remedy, text_hash
 
 # %% ../nbs/core/10_runs.ipynb #cell-6
 PACKAGE_DATA = dict(corpus='phrases', slop='phrases', prompt_sets='prompts', personas='prompts', calibration='sentences', render='templates') # Module → folder of texts that it reads
@@ -111,6 +111,7 @@ def input_hash(
     if manifest and manifest['status']!='complete': raise RuntimeError(f'The {WHAT[kind]} at {path} is not finished; {remedy(kind)}.')
     if is_model(path): hashes = {k:v for k,v in hashes.items() if not (k.startswith('.') or k.endswith('.manifest.json') or f'{k}.manifest.json' in hashes)} # without answers that lie there
     known = {k:v for k,v in manifest.get('outputs', {}).items() if path.is_dir() or k==path.name}
+    if kept := manifest.get('kept'): known,hashes = {k:known[k] for k in kept},{k:content_hash(path/f'{k}.gz') for k in kept if (path/f'{k}.gz').exists()}
     moved = [name for name,value in known.items() if hashes.get(name)!=value]
     if moved: raise RuntimeError(f'{moved[0]} in {path} has changed since its run; {remedy(kind, "--force")}.')
     return outputs_hash(manifest, path) or text_hash(json.dumps(hashes, sort_keys=True))
@@ -209,6 +210,6 @@ def read_log(
     folder:Path, # Run folder
     name:str='metrics', # 'metrics' or 'samples'
 )->list: # Records in the order they were written
-    "The records that a run has logged so far"
-    path = Path(folder)/f'{name}.jsonl'
-    return list(read_jsonl(path)) if path.exists() else []
+    "The records that a run has logged so far; packed in a run that was kept without its weights"
+    paths = [Path(folder)/f'{name}.jsonl{packed}' for packed in ('','.gz')]
+    return next((list(read_jsonl(path)) for path in paths if path.exists()), [])
