@@ -29,12 +29,13 @@ from .rm import RmConfig, train_rm
 from .run_folders import is_done, newest_log
 from .sft import SftConfig, train_sft
 from .status import CleanConfig, StatusConfig, clean, show_status
+from .study import StudyConfig, run_study
 from .trainer import duration
 
 # %% ../nbs/core/91_pipeline.ipynb #cell-6
 STAGES = dict(data=(DataConfig, make_data), prompts=(PromptsConfig, make_prompts), density=(DensityConfig, make_density),
     sft=(SftConfig, train_sft), rm=(RmConfig, train_rm), grpo=(GrpoConfig, train_grpo), eval=(EvalConfig, make_eval),
-    compare=(CompareConfig, make_compare), report=(ReportConfig, make_report), chat=(ChatConfig, run_chat), status=(StatusConfig, show_status), clean=(CleanConfig, clean), plan=(PlanConfig, make_plan))
+    compare=(CompareConfig, make_compare), report=(ReportConfig, make_report), chat=(ChatConfig, run_chat), status=(StatusConfig, show_status), clean=(CleanConfig, clean), plan=(PlanConfig, make_plan), study=(StudyConfig, run_study))
 
 # %% ../nbs/core/91_pipeline.ipynb #cell-8
 def make_inputs(
