@@ -21,7 +21,7 @@ FLOORS = dict(
     rm=5, rewards=5, draws=5, updates=5.4, looks=5.5, pairwise=5.6,
     grpo=6, policies=6,
     mode_collapse=7, preregistration=7.2, compare=7.5,
-    report=8, chat=8, status=8, pipeline=8.5,
+    report=8, chat=8, status=8, study=8, pipeline=8.5,
     cli=9, papermill_hook=9,
 )
 LIGHT = {'fastcore', 'numpy', 'scipy'}                    # all that floors 0 and 1 may import besides the standard library
