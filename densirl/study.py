@@ -15,7 +15,7 @@ import psutil
 import torch
 from tyro.conf import Positional, Suppress
 from .arms import arm_name
-from .compare import CompareConfig, make_compare
+from .compare import CompareConfig
 from .config import StageConfig, config_flags, digest, make_config, science, where
 from .data import DataConfig, PromptsConfig
 from .density import DensityConfig
@@ -78,13 +78,14 @@ def stage_config(
     spec:Spec, # The study
     table:str, # Table of the specification
     root:str, # Folder that relative paths start from
-    **given, # Settings that the study itself decides
+    own:dict, # What an arm or a judge says, before the stage
+    **given, # Settings that the study itself decides, for stages that have them
 )->StageConfig:
     "The settings of one stage of a study"
     cls = CONFIGS[table]
     names = {f.name for f in fields(cls)}
-    told = {k:v for k,v in spec.settings.items() if k in names}|spec.stages.get(table, {})
-    if taken := [k for k in given if k in told and k not in ('density_aware',)]: raise ValueError(f'[{table}] of {spec.name} says {taken[0]}, which the study decides; leave it out.')
+    given,told = {k:v for k,v in given.items() if k in names},{k:v for k,v in spec.settings.items() if k in names}|spec.stages.get(table, {})|own
+    if taken := [k for k in given if k in told]: raise ValueError(f'{spec.name} says {taken[0]} for {table}, which the study decides; leave it out.')
     return make_config(cls, spec.profile, root=root, **{k:tuple(v) if isinstance(v, list) else v for k,v in (told|given).items()})
 
 def tasks_of(
@@ -94,21 +95,19 @@ def tasks_of(
     "What has to be run"
     home,data = f'outs/{spec.name}',f'.cache/{spec.name}'
     read = dict(pairs_path=f'{data}/pairs_all.jsonl', prompts_path=f'{data}/prompts_all.jsonl', density_path=f'{data}/density.parquet')
-    def cfg(table, **given):
-        names = {f.name for f in fields(CONFIGS[table])}
-        return stage_config(spec, table, root, **{k:v for k,v in read.items() if k in names}, **given)
+    def cfg(table, own={}, **given): return stage_config(spec, table, root, own, **read, **given)
     sft,gold = f'{home}/sft',f'{home}/rm_gold'
     found = [Task('data', cfg('data')), Task('prompts', cfg('prompts'), ('data',)), Task('density', cfg('density'), ('prompts',)), Task('sft', cfg('sft', out_path=sft), ('prompts',)),
         Task('gold', cfg('gold', fold='gold', sft_ckpt_path=sft, out_path=gold), ('sft','density'))]
     plan = dict(plan_path=spec.plan) if spec.plan else {}
     for seed in spec.seeds:
         for judge,told in spec.judges.items():
-            found.append(Task(f'reward model {judge}, seed {seed}', cfg('rm', seed=seed, sft_ckpt_path=sft, out_path=f'{home}/rm/{judge}/seed_{seed}', **told), ('sft','density')))
+            found.append(Task(f'reward model {judge}, seed {seed}', cfg('rm', told, seed=seed, sft_ckpt_path=sft, out_path=f'{home}/rm/{judge}/seed_{seed}'), ('sft','density')))
         for arm,told in spec.arms.items():
             told,judge = {k:v for k,v in told.items() if k!='judge'},told.get('judge', next(iter(spec.judges)))
-            given = dict(seed=seed, sft_ckpt_path=sft, rm_ckpt_path=f'{home}/rm/{judge}/seed_{seed}', out_dir=f'{home}/runs/{arm}/seed_{seed}', **plan, **told)
-            plain = cfg('grpo', **given)
-            run = plain if arm_name(science(plain))==arm else cfg('grpo', **given, arm=arm)
+            run = cfg('grpo', told, seed=seed, sft_ckpt_path=sft, rm_ckpt_path=f'{home}/rm/{judge}/seed_{seed}', out_dir=f'{home}/runs/{arm}/seed_{seed}', **plan)
+            if arm_name(science(run))!=arm: run = replace(run, arm=arm)
+            run.check()
             found.append(Task(f'{arm}, seed {seed}', run, ('density', f'reward model {judge}, seed {seed}'), f'nbs/studies/results/{spec.name}/{arm}/seed_{seed}'))
     runs = tuple(t.name for t in found if t.kept)
     found.append(Task('eval', cfg('eval', samples='looks', runs=(f'nbs/studies/results/{spec.name}/*/seed_*',), ref_path=sft, gold_path=gold, out_path=f'{home}/eval'), ('gold', *runs)))

@@ -241,7 +241,7 @@ def untested(
     "What keeps the arms from having been compared at all"
     gate = found['gates']
     if has_draws(plan) and 'shift' not in gate: return 'What the arms drew is not known.'
-    if has_draws(plan) and not gate['shift']['passed']: return f'The arms met like prompts: their draws lie {gate["shift"]["value"]:.2f} standard deviations of log density apart, and the plan asks for {plan.min_shift:g}.'
+    if 'shift' in gate and not gate['shift']['passed']: return f'The arms met like prompts: their draws lie {gate["shift"]["value"]:.2f} standard deviations of log density apart, and the plan asks for {plan.min_shift:g}.'
     if not gate['moved']['passed']: return f'The control moved {gate["moved"]["value"]:.2f} nats, and the plan asks for {plan.min_kl:g}.'
     return ''
 
@@ -260,7 +260,7 @@ def decide(
         against = weaknesses(found, plan)
         if against: return 'INCONCLUSIVE',['There is a gain at equal KL and at equal gold reward, but:',*against]
         over_placebo = found['gains'].get(plan.placebo)
-        if compared_with(plan)==(plan.control,): return 'SUPPORTED',['There is a gain at equal KL and at equal gold reward, over the control.']
+        if plan.placebo not in compared_with(plan): return 'SUPPORTED',['There is a gain at equal KL and at equal gold reward, over the control.']
         if over_placebo is None: return 'REWEIGHTING ONLY',['There is a gain, and no placebo was run to say that density makes it.']
         if is_gain(over_placebo, plan): return 'SUPPORTED',['There is a gain at equal KL and at equal gold reward, over the control and over the placebo.']
         return 'REWEIGHTING ONLY',['There is a gain over the control and none is shown over the placebo, whose weights are as unequal.']
